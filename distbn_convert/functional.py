@@ -1,0 +1,330 @@
+"""The operation behind every layer: batch norm with the statistics of virtual ranks.
+
+Two operators, ``distbn_convert::batch_norm`` and ``distbn_convert::batch_norm_backward``,
+hand their tensors to a backend of :mod:`distbn_convert.kernels`; an autograd function joins
+them. The operators are opaque to ``torch.compile``, which keeps ``fullgraph=True``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError, InputError
+from .kernels import reference, select_backend
+from .kernels.partition import PARTITIONS, share_sizes
+
+__all__ = ["dist_batch_norm"]
+
+_LIBRARY = torch.library.Library("distbn_convert", "DEF")
+_LIBRARY.define(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, Tensor? num_batches_tracked, float? momentum, float eps,"
+    " int vt_world_size, bool interleaved) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean,"
+    " Tensor rstd, int vt_world_size, bool interleaved) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _batch_norm(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return select_backend(input).forward(input, *args)
+
+
+def _batch_norm_backward(
+    grad_output: Tensor, input: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return select_backend(input).backward(grad_output, input, *args)
+
+
+_LIBRARY.impl("batch_norm", _batch_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_norm_backward", _batch_norm_backward, "CompositeExplicitAutograd")
+
+
+def _batch_norm_fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    moments = input.new_empty(
+        (vt_world_size, input.shape[1]), dtype=reference.accumulate_dtype(input.dtype)
+    )
+    return torch.empty_like(input), moments, torch.empty_like(moments)
+
+
+def _batch_norm_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(input), mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])
+
+
+torch.library.register_fake("distbn_convert::batch_norm", _batch_norm_fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "distbn_convert::batch_norm_backward", _batch_norm_backward_fake, lib=_LIBRARY
+)
+
+_FORWARD = torch.ops.distbn_convert.batch_norm.default
+_BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
+    input, weight, bias, *_, eps, vt_world_size, interleaved = inputs
+    ctx.save_for_backward(input, weight, mean, rstd)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.settings = eps, vt_world_size, interleaved
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, mean, rstd = ctx.saved_tensors
+    eps, vt_world_size, interleaved = ctx.settings
+    partition = (vt_world_size, interleaved)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and input.numel():
+        # create_graph=True: the saved moments are constants to autograd, so recompute them.
+        mean, var = reference.statistics(input.to(mean.dtype), *partition)
+        rstd = torch.rsqrt(var + eps)
+        grads = reference.gradients(grad_output, input, weight, mean, rstd, *partition)
+        grads = (grads[0].to(input.dtype), *grads[1:])
+    else:
+        grads = _BACKWARD(grad_output, input, weight, mean, rstd, *partition)
+    grad_weight = None if weight is None else grads[1].to(weight.dtype)
+    grad_bias = None if ctx.bias_dtype is None else grads[2].to(ctx.bias_dtype)
+    return grads[0], grad_weight, grad_bias, *(None,) * 7
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The eager path; a third of the overhead of the ``setup_context`` form."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output, mean, rstd = _FORWARD(*inputs)
+        _save(ctx, inputs, mean, rstd)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad_output)
+
+
+class _FunctorchBatchNorm(torch.autograd.Function):
+    """The same under ``torch.func``, which needs ``setup_context`` and a vmap rule."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _FORWARD(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad_outputs[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        if inputs[3] is not None and in_dims[0] is not None and in_dims[3] is None:
+            raise ConfigurationError(
+                "vmap was given a batched input but running statistics that are not batched and "
+                "would be written in place; map over the buffers too, or pass "
+                "running_mean=None and running_var=None."
+            )
+        results = [
+            _FunctorchBatchNorm.apply(
+                *(
+                    value if dim is None else value.select(dim, index)
+                    for value, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
+        return (output, mean, rstd), (0, 0, 0)
+
+
+def dist_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    *,
+    vt_world_size: int,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    partition: str = "contiguous",
+) -> Tensor:
+    r"""Normalise each virtual rank's share of a batch with that share's own statistics.
+
+    .. math::
+
+        y = \frac{x - \mu_v}{\sqrt{\sigma_v^2 + \epsilon}} \gamma + \beta
+
+    where :math:`\mu_v` and the biased :math:`\sigma_v^2` are those of the samples of rank
+    :math:`v` alone: nothing is synchronised between the ranks. This is the training
+    computation; in evaluation a layer is a plain :func:`torch.nn.functional.batch_norm`.
+    See :class:`~distbn_convert.DistBatchNorm2d`.
+
+    Args:
+        input: ``Tensor[N, C, *]``, float16, bfloat16, float32 or float64.
+        running_mean: ``Tensor[V, C]``, updated in place. Default: None
+        running_var: ``Tensor[V, C]``, updated in place with the unbiased variances. Default: None
+        weight: ``Tensor[C]``, :math:`\gamma`. Default: None, ones
+        bias: ``Tensor[C]``, :math:`\beta`. Default: None, zeros
+        num_batches_tracked: ``int64 Tensor[V]``, incremented in place for each rank that has
+            samples. Default: None
+        vt_world_size: number of virtual ranks ``V``.
+        momentum: weight of the new batch in the running statistics; None for the cumulative
+            average, which needs ``num_batches_tracked``. Default: 0.1
+        eps: added to the variance. Default: 1e-5
+        partition: ``"contiguous"`` (rank v takes block v of the batch) or ``"interleaved"``
+            (sample p belongs to rank p mod V). Shares differ by at most one sample.
+            Default: ``"contiguous"``
+
+    Returns:
+        ``Tensor[N, C, *]`` with the dtype and memory format of ``input``. Statistics are
+        computed in float32, for float64 input in float64.
+
+    Raises:
+        ConfigurationError: ``vt_world_size``, ``momentum``, ``eps`` or ``partition`` is not
+            allowed.
+        InputError: the number of dimensions or channels is wrong, or a rank has a single
+            value per channel.
+
+    Note:
+        A rank with no samples (N < V) keeps its statistics and its counter. An empty batch
+        changes no statistics and is counted, as torch's batch norm does.
+
+    Example::
+
+        >>> x = torch.randn(16, 3, 8, 8)
+        >>> mean, var = torch.zeros(8, 3), torch.ones(8, 3)
+        >>> dist_batch_norm(x, mean, var, vt_world_size=8).shape
+        torch.Size([16, 3, 8, 8])
+
+    References:
+        Ioffe and Szegedy, "Batch Normalization", 2015; Hoffer, Hubara and Soudry, "Train
+        longer, generalize better", 2017 (ghost batch norm).
+    """
+    check_vt_world_size(vt_world_size)
+    check_partition(partition)
+    _check_numbers(momentum, eps, running_mean, num_batches_tracked)
+    _check_shapes(input, running_mean, running_var, weight, bias, vt_world_size)
+    _check_values(input, vt_world_size)
+    if num_batches_tracked is not None:
+        ranks = min(input.shape[0], vt_world_size) or vt_world_size
+        num_batches_tracked[:ranks].add_(1)
+    function: Any = _BatchNorm
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        function = _FunctorchBatchNorm
+    result = function.apply(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+        vt_world_size,
+        partition == "interleaved",
+    )
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def check_vt_world_size(vt_world_size: int, name: str = "vt_world_size") -> None:
+    """Raise ConfigurationError unless ``vt_world_size`` is a positive int."""
+    if isinstance(vt_world_size, bool) or not isinstance(vt_world_size, int) or vt_world_size < 1:
+        raise ConfigurationError(
+            f"{name} must be a positive int, but got {vt_world_size!r}; "
+            "give the number of GPUs to stand for, for example 8."
+        )
+
+
+def check_partition(partition: str) -> None:
+    """Raise ConfigurationError unless ``partition`` is a known word."""
+    if partition not in PARTITIONS:
+        raise ConfigurationError(
+            f"partition must be one of {', '.join(map(repr, PARTITIONS))}, but got {partition!r}; "
+            "use 'interleaved' for batches in DistributedSampler's order, else 'contiguous'."
+        )
+
+
+def _check_numbers(
+    momentum: float | None, eps: float, running_mean: Tensor | None, counter: Tensor | None
+) -> None:
+    if eps <= 0:
+        raise ConfigurationError(
+            f"batch_norm eps must be positive during training, but got {eps}; "
+            "use a small positive number, for example 1e-5."
+        )
+    if momentum is None and running_mean is not None and counter is None:
+        raise ConfigurationError(
+            "momentum=None (cumulative average) needs num_batches_tracked, but got None; "
+            "pass the counters or give a momentum such as 0.1."
+        )
+
+
+def _check_shapes(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    vt_world_size: int,
+) -> None:
+    if input.dim() < 2:
+        raise InputError(
+            f"expected an input of at least 2 dimensions [N, C, ...], but got {input.dim()}; "
+            "add the batch dimension."
+        )
+    channels = input.shape[1]
+    for name, tensor, shape in (
+        ("running_mean", running_mean, (vt_world_size, channels)),
+        ("running_var", running_var, (vt_world_size, channels)),
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(
+                f"expected {name} of shape {shape} for an input with {channels} channels, "
+                f"but got {tuple(tensor.shape)}; check the channels (dimension 1) of the input, "
+                f"which has shape {tuple(input.shape)}."
+            )
+
+
+def _check_values(input: Tensor, vt_world_size: int) -> None:
+    """Refuse a share with one value per channel: it has no variance."""
+    samples = input.shape[0]
+    if input.shape[2:].numel() != 1 or samples == 0 or samples >= 2 * vt_world_size:
+        return
+    rank = share_sizes(samples, vt_world_size).index(1)
+    raise InputError(
+        "expected more than 1 value per channel on every virtual rank when training, but got a "
+        f"batch of N={samples} over V={vt_world_size} ranks, so that rank {rank} has one sample "
+        f"of one position (input size {tuple(input.shape)}); give at least {2 * vt_world_size} "
+        "samples, lower vt_world_size, or drop the last incomplete batch."
+    )

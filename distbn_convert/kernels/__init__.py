@@ -1,0 +1,57 @@
+"""Backends of one operation, with one signature; see :mod:`.reference`, the definition.
+
+A backend is a module with ``supports``, ``forward`` and ``backward``. To add one, write
+the module and name it in ``_BACKENDS``; nothing above this folder changes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["Backend", "select_backend"]
+
+
+class Backend(Protocol):
+    """What a backend provides; arguments and results as in :mod:`.reference`."""
+
+    def supports(self, input: Tensor) -> bool:
+        """Say whether this backend takes ``input``."""
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        vt_world_size: int,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise and update the running statistics in place."""
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        vt_world_size: int,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of input, weight and bias."""
+
+
+_BACKENDS: tuple[Backend, ...] = (reference,)
+
+
+def select_backend(input: Tensor) -> Backend:
+    """Return the first backend that takes ``input``; :mod:`.reference` takes everything."""
+    return next(backend for backend in _BACKENDS if backend.supports(input))

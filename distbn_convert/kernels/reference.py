@@ -1,0 +1,201 @@
+"""The definition of virtual-rank batch norm, in plain torch: any device, any dtype.
+
+For rank ``v`` with the samples ``B_v`` and ``m = |B_v| * S`` values per channel
+
+.. math::
+
+    y = \\frac{x - \\mu_v}{\\sqrt{\\sigma_v^2 + \\epsilon}} \\gamma + \\beta, \\qquad
+    \\mu_v = \\frac1m \\sum_{B_v} x, \\quad
+    \\sigma_v^2 = \\frac1m \\sum_{B_v} (x - \\mu_v)^2
+
+Every other backend has these signatures and is tested against this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .partition import gather_ranks, scatter_ranks
+
+__all__ = ["accumulate_dtype", "backward", "forward", "gradients", "statistics", "supports"]
+
+
+def supports(input: Tensor) -> bool:
+    """Say whether this backend takes ``input``: it takes everything."""
+    return True
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the batch statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _spread(ranks: Tensor, input: Tensor, interleaved: bool) -> Tensor:
+    """Broadcast ``Tensor[V, C]`` against ``input``: ``Tensor[N, C, 1, ...]``."""
+    samples = scatter_ranks(ranks, input.shape[0], interleaved)
+    return samples.reshape(samples.shape + (1,) * (input.dim() - 2))
+
+
+def _sum_positions(values: Tensor) -> Tensor:
+    """Sum ``Tensor[N, C, *]`` over its spatial positions: ``Tensor[N, C]``."""
+    return values.sum(tuple(range(2, values.dim()))) if values.dim() > 2 else values
+
+
+def _share_counts(input: Tensor, vt_world_size: int, dtype: torch.dtype) -> Tensor:
+    """Return the samples of each rank, at least 1 so that it can divide: ``Tensor[V, 1]``."""
+    q, r = divmod(input.shape[0], vt_world_size)
+    counts = input.new_full((vt_world_size, 1), q, dtype=dtype)
+    counts[:r] += 1
+    return counts.clamp(min=1)
+
+
+def statistics(input: Tensor, vt_world_size: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Compute each rank's mean and biased variance; differentiable.
+
+    The moments of each sample are merged by the parallel formula of Chan, Golub and
+    LeVeque (1979), so no large sum of squares is ever subtracted from another.
+
+    Args:
+        input: ``Tensor[N, C, *]``, not empty, in the accumulation dtype.
+        vt_world_size: number of virtual ranks ``V``.
+        interleaved: the partition.
+
+    Returns:
+        mean and variance, each ``Tensor[V, C]``; zeros for a rank with no samples.
+    """
+    counts = _share_counts(input, vt_world_size, input.dtype)
+    if input.dim() > 2:
+        spatial = tuple(range(2, input.dim()))
+        var_n, mean_n = torch.var_mean(input, spatial, correction=0)  # [N, C]
+    else:
+        var_n, mean_n = torch.zeros_like(input), input
+    mean = gather_ranks(mean_n, vt_world_size, interleaved).sum(1) / counts
+    deviation = mean_n - scatter_ranks(mean, input.shape[0], interleaved)
+    var = gather_ranks(var_n + deviation * deviation, vt_world_size, interleaved).sum(1) / counts
+    return mean, var
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each rank's share and update its row of the running statistics in place.
+
+    Args:
+        input: ``Tensor[N, C, *]``.
+        weight: ``Tensor[C]`` or None.
+        bias: ``Tensor[C]`` or None.
+        running_mean: ``Tensor[V, C]`` or None; written.
+        running_var: ``Tensor[V, C]`` or None; written, with Bessel's correction.
+        num_batches_tracked: ``int64 Tensor[V]``, read only if ``momentum`` is None.
+        momentum: weight of the new batch; None for the cumulative average.
+        eps: added to the variance.
+        vt_world_size: number of virtual ranks ``V``.
+        interleaved: the partition.
+
+    Returns:
+        output (shape, dtype and strides of ``input``), the batch mean and the reciprocal
+        of its standard deviation, each ``Tensor[V, C]`` in the accumulation dtype.
+    """
+    dtype = accumulate_dtype(input.dtype)
+    if input.numel() == 0:
+        moments = input.new_zeros((vt_world_size, input.shape[1]), dtype=dtype)
+        return torch.empty_like(input), moments, torch.zeros_like(moments)
+    x = input.to(dtype)
+    mean, var = statistics(x, vt_world_size, interleaved)
+    rstd = torch.rsqrt(var + eps)
+
+    if running_mean is not None and running_var is not None:
+        values = _share_counts(input, vt_world_size, dtype) * input.shape[2:].numel()
+        factor: float | Tensor
+        if momentum is not None:
+            factor = momentum
+        else:
+            assert num_batches_tracked is not None  # functional.py has checked it
+            factor = 1 / num_batches_tracked.to(dtype)[:, None]
+        ranks = min(input.shape[0], vt_world_size)
+        _average_into(running_mean, mean, factor, ranks)
+        _average_into(running_var, var * (values / (values - 1).clamp_(min=1)), factor, ranks)
+
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    shift = torch.zeros_like(scale[0]) if bias is None else bias.to(dtype)
+    output = torch.addcmul(
+        shift.reshape((-1,) + (1,) * (x.dim() - 2)),
+        x - _spread(mean, x, interleaved),
+        _spread(scale, x, interleaved),
+    )
+    return _as(output, input), mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate :func:`forward`.
+
+    Args:
+        grad_output: ``Tensor[N, C, *]``, gradient of the output.
+        input: ``Tensor[N, C, *]``, as given to :func:`forward`.
+        weight: ``Tensor[C]`` or None.
+        mean: ``Tensor[V, C]``, from :func:`forward`.
+        rstd: ``Tensor[V, C]``, from :func:`forward`.
+        vt_world_size: number of virtual ranks ``V``.
+        interleaved: the partition.
+
+    Returns:
+        gradients of input (shape, dtype and strides of ``input``), weight and bias
+        (``Tensor[C]`` in the accumulation dtype, summed over the ranks).
+    """
+    grad_input, grad_weight, grad_bias = gradients(
+        grad_output, input, weight, mean, rstd, vt_world_size, interleaved
+    )
+    return _as(grad_input, input), grad_weight, grad_bias
+
+
+def gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute :func:`backward` in the accumulation dtype, itself differentiable."""
+    dy, x = grad_output.to(mean.dtype), input.to(mean.dtype)
+    values = _share_counts(input, vt_world_size, mean.dtype) * input.shape[2:].numel()
+    normalized = (x - _spread(mean, x, interleaved)) * _spread(rstd, x, interleaved)
+    sum_dy = gather_ranks(_sum_positions(dy), vt_world_size, interleaved).sum(1)
+    sum_dy_x = gather_ranks(_sum_positions(dy * normalized), vt_world_size, interleaved).sum(1)
+    scale = rstd if weight is None else rstd * weight.to(mean.dtype)
+    centred = dy - _spread(sum_dy / values, x, interleaved)
+    orthogonal = torch.addcmul(centred, normalized, _spread(-sum_dy_x / values, x, interleaved))
+    return orthogonal * _spread(scale, x, interleaved), sum_dy_x.sum(0), sum_dy.sum(0)
+
+
+def _average_into(running: Tensor, batch: Tensor, factor: float | Tensor, ranks: int) -> None:
+    """Move the first ``ranks`` rows of ``running`` towards ``batch`` by ``factor``."""
+    share = factor[:ranks] if isinstance(factor, Tensor) else factor
+    rows = running[:ranks]
+    rows.copy_(rows.to(batch.dtype) * (1 - share) + batch[:ranks] * share)
+
+
+def _as(values: Tensor, input: Tensor) -> Tensor:
+    """Return ``values`` with the dtype and memory layout of ``input``."""
+    like = torch.empty_like(input)
+    same = values.dtype == like.dtype and values.stride() == like.stride()
+    return values if same else like.copy_(values)

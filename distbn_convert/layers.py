@@ -1,0 +1,255 @@
+"""Batch norm layers whose statistics are those of virtual ranks: shells over the functional op."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import InputError, StateDictError
+from .functional import check_partition, check_vt_world_size, dist_batch_norm
+from .replicas import check_reduction, reduce_statistics, replicate
+
+__all__ = ["DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d", "DistBatchNormMixin"]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class DistBatchNormMixin(_BatchNorm):
+    """What the three layers share, and what a subclass of yours needs to have virtual ranks.
+
+    Put it behind your class and in front of nothing: ``class DistMyNorm(MyNorm,
+    DistBatchNorm2d)`` keeps ``MyNorm.forward`` if that calls ``super().forward``. A class
+    that computes batch norm itself overrides ``forward`` and calls :meth:`normalize`.
+    """
+
+    vt_world_size: int
+    partition: str
+    eval_reduction: str
+    eval_rank: int
+    accumulation_steps: int
+    input_dims: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        vt_world_size: int,
+        bias: bool = True,
+        partition: str = "contiguous",
+        eval_reduction: str = "mean",
+        eval_rank: int = 0,
+        accumulation_steps: int = 1,
+    ) -> None:
+        check_rank_settings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.vt_world_size = vt_world_size
+        self.partition = partition
+        self.eval_reduction = eval_reduction
+        self.eval_rank = eval_rank
+        self.accumulation_steps = accumulation_steps
+        for name in STATISTICS:
+            statistic = getattr(self, name)
+            if statistic is not None:
+                self.register_buffer(name, replicate(statistic, self.num_ranks))
+
+    @property
+    def num_ranks(self) -> int:
+        """Rows of the statistics: ``vt_world_size * accumulation_steps``."""
+        return self.vt_world_size * self.accumulation_steps
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``Tensor[N, C, *]``; see :class:`DistBatchNorm2d`."""
+        return self.normalize(input)
+
+    def normalize(self, input: Tensor) -> Tensor:
+        """Normalise by virtual ranks in training, by the reduced statistics in evaluation."""
+        self._check_input_dim(input)
+        if self.training:
+            return self._normalize_ranks(input)
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None:
+            mean, var = reduce_statistics(mean, var, self.eval_reduction, self.eval_rank)
+        batch_statistics = mean is None and var is None
+        return F.batch_norm(
+            input, mean, var, self.weight, self.bias, batch_statistics, 0.0, self.eps
+        )
+
+    def _normalize_ranks(self, input: Tensor) -> Tensor:
+        statistics = [getattr(self, name) for name in STATISTICS]
+        if not self.track_running_stats or statistics[0] is None:
+            return self._dist_batch_norm(input, None, None, None)
+        if self.accumulation_steps == 1:
+            return self._dist_batch_norm(input, *statistics)
+        # The next V rows are those that have seen the fewest batches, so that the counters,
+        # which are saved with the model, are the only record of the micro-step.
+        counts = self.num_batches_tracked
+        assert isinstance(counts, Tensor)
+        block = counts[:: self.vt_world_size].argmin()
+        rows = block * self.vt_world_size + torch.arange(self.vt_world_size, device=counts.device)
+        parts = [statistic.index_select(0, rows) for statistic in statistics]
+        output = self._dist_batch_norm(input, *parts)
+        for statistic, part in zip(statistics, parts, strict=True):
+            statistic.index_copy_(0, rows, part)
+        return output
+
+    def _dist_batch_norm(self, input: Tensor, *statistics: Tensor | None) -> Tensor:
+        mean, var, count = statistics
+        return dist_batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            count,
+            vt_world_size=self.vt_world_size,
+            momentum=self.momentum,
+            eps=self.eps,
+            partition=self.partition,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.input_dims:
+            expected = " or ".join(f"{dims}D" for dims in self.input_dims)
+            raise InputError(
+                f"expected {expected} input (got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}); reshape it, or use the layer of that dimension."
+            )
+        if input.shape[1] != self.num_features:
+            raise InputError(
+                f"expected {self.num_features} channels (dimension 1), but got an input of shape "
+                f"{tuple(input.shape)}; check the layer before this one."
+            )
+
+    def extra_repr(self) -> str:
+        """Torch's own words, then the virtual ranks."""
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        text = f"{plain}, vt_world_size={self.vt_world_size}"
+        text += f", partition={self.partition!r}, eval_reduction={self.eval_reduction!r}"
+        if self.eval_reduction == "select":
+            text += f", eval_rank={self.eval_rank}"
+        if self.accumulation_steps != 1:
+            text += f", accumulation_steps={self.accumulation_steps}"
+        return text
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Give the statistics of a plain checkpoint to every rank."""
+        for name in STATISTICS:
+            own, value = getattr(self, name), state_dict.get(prefix + name)
+            if own is None or not isinstance(value, Tensor):
+                continue
+            if value.dim() == own.dim() - 1:
+                state_dict[prefix + name] = replicate(value, self.num_ranks)
+            elif value.dim() == own.dim() and value.shape[0] != self.num_ranks:
+                raise StateDictError(
+                    f"{prefix}{name} in the checkpoint has {value.shape[0]} virtual ranks, but the "
+                    f"layer has {self.num_ranks}; build the model with the checkpoint's number, or "
+                    "revert the checkpoint to plain BatchNorm first, which loads with any number."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_rank_settings(
+    vt_world_size: int,
+    partition: str,
+    eval_reduction: str,
+    eval_rank: int,
+    accumulation_steps: int,
+) -> None:
+    """Raise ConfigurationError unless a layer can have these settings."""
+    check_vt_world_size(vt_world_size)
+    check_vt_world_size(accumulation_steps, "accumulation_steps")
+    check_partition(partition)
+    check_reduction(eval_reduction, eval_rank, vt_world_size * accumulation_steps)
+
+
+class DistBatchNorm1d(DistBatchNormMixin, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` with virtual ranks; see :class:`DistBatchNorm2d`.
+
+    Shape: ``Tensor[N, C]`` or ``Tensor[N, C, L]``.
+    """
+
+    input_dims = (2, 3)
+
+
+class DistBatchNorm2d(DistBatchNormMixin, nn.BatchNorm2d):
+    r""":class:`torch.nn.BatchNorm2d` on one device, as V GPUs under DDP compute it.
+
+    In training the batch is cut into V shares; each is normalised by its own mean and biased
+    variance and updates its own row of the running statistics (ghost batch norm):
+
+    .. math::
+
+        y = \frac{x - \mu_v}{\sqrt{\sigma_v^2 + \epsilon}} \gamma + \beta
+
+    In evaluation it is one plain batch norm with the statistics reduced over the ranks,
+    whatever the batch size. ``weight`` and ``bias`` (``Tensor[C]``) are one pair for all ranks;
+    ``running_mean`` and ``running_var`` are ``Tensor[V, C]``, ``num_batches_tracked`` is
+    ``int64 Tensor[V]``. The keys of the state dict are BatchNorm's; a plain checkpoint loads
+    strictly and gives every rank the same statistics. See
+    :func:`~distbn_convert.functional.dist_batch_norm`.
+
+    Args:
+        num_features: **int**, channels C.
+        eps: **float**, added to the variance. Default: 1e-5
+        momentum: **float or None**, weight of the new batch in the running statistics; None for
+            the cumulative average. Default: 0.1
+        affine: **bool**, learn ``weight`` and ``bias``. Default: True
+        track_running_stats: **bool**, keep running statistics; without them evaluation uses the
+            statistics of the whole batch. Default: True
+        device: **torch.device**, of parameters and buffers. Default: None
+        dtype: **torch.dtype**, of parameters and buffers. Default: None
+        vt_world_size: **int**, number of virtual ranks V.
+        bias: **bool**, learn ``bias``; on every torch version. Default: True
+        partition: **str**, ``"contiguous"`` (rank v takes block v) or ``"interleaved"`` (sample p
+            belongs to rank p mod V, as ``DistributedSampler`` deals them).
+            Default: ``"contiguous"``
+        eval_reduction: **str**, ``"mean"``, ``"select"`` or ``"pooled"``. Default: ``"mean"``
+        eval_rank: **int**, the rank that ``"select"`` takes. Default: 0
+        accumulation_steps: **int**, A micro-steps stand for V * A ranks: the statistics have V * A
+            rows and micro-step a trains rows aV to aV + V - 1. Default: 1
+
+    Shape: ``Tensor[N, C, H, W]``, output alike, with the memory format of the input.
+
+    Raises:
+        ConfigurationError: a setting has a value that is not allowed.
+        InputError: wrong dimensions or channels, or one value per channel on a rank in training.
+        StateDictError: a state dict with another number of ranks is loaded.
+
+    Note:
+        Under activation checkpointing the recomputation updates the statistics a second time, as
+        with BatchNorm; with ``accumulation_steps > 1`` it would also take the next micro-step's
+        rows, so do not combine the two.
+
+    Example::
+
+        >>> layer = DistBatchNorm2d(3, vt_world_size=8)
+        >>> layer(torch.randn(32, 3, 8, 8)).shape, layer.running_mean.shape
+        (torch.Size([32, 3, 8, 8]), torch.Size([8, 3]))
+
+    References:
+        Hoffer, Hubara and Soudry, "Train longer, generalize better", 2017;
+        PoonKinWang/Distributed-BatchNorm-PyTorch.
+    """
+
+    input_dims = (4,)
+
+
+class DistBatchNorm3d(DistBatchNormMixin, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` with virtual ranks; see :class:`DistBatchNorm2d`.
+
+    Shape: ``Tensor[N, C, D, H, W]``.
+    """
+
+    input_dims = (5,)

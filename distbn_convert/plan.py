@@ -1,0 +1,288 @@
+"""What a conversion would do, module by module, decided before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import ConfigurationError, ConversionError, UnsupportedModuleError
+from .layers import STATISTICS, DistBatchNormMixin, check_rank_settings
+from .registry import dist_class_of
+
+__all__ = ["ConversionPlan", "FilterFn", "PlanEntry", "plan_conversion", "walk"]
+
+FilterFn = Callable[[nn.Module, str], bool]
+Action = Literal["convert", "keep", "refuse"]
+
+# Wrappers hold references to the tensors that a conversion replaces. By name, so that no wrapper's
+# package is imported: class name -> what to do instead.
+_WRAPPERS = {
+    "DistributedDataParallel": "convert its .module before wrapping it",
+    "DataParallel": "convert its .module, and wrap that",
+    "FullyShardedDataParallel": "convert the model before wrapping it",
+    "FSDPModule": "convert the model before fully_shard",
+    "OptimizedModule": "convert the model before torch.compile",
+}
+_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torch.nn.qat.")
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What happens to one module.
+
+    Attributes:
+        fqn: the module's name in the model, ``""`` for the root.
+        aliases: its other names, if it is reachable by several.
+        module: the module itself.
+        action: ``"convert"``, ``"keep"`` (left as it is) or ``"refuse"`` (an error).
+        target: the class it becomes; None unless the action is ``"convert"``.
+        reason: why, in a sentence.
+    """
+
+    fqn: str
+    aliases: tuple[str, ...]
+    module: nn.Module = field(repr=False)
+    action: Action
+    target: type[DistBatchNormMixin] | None
+    reason: str
+
+    def __str__(self) -> str:
+        names = ", ".join(repr(name) for name in (self.fqn, *self.aliases))
+        target = f" -> {self.target.__name__}" if self.target else ""
+        return f"{self.action:8}{names} {type(self.module).__name__}{target}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ConversionPlan(Sequence[PlanEntry]):
+    """The entries of a plan, one for each module that matters; ``print`` shows them as lines."""
+
+    entries: tuple[PlanEntry, ...]
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.entries[index]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries))
+
+    def of(self, action: Action) -> list[PlanEntry]:
+        """Return the entries with that action."""
+        return [entry for entry in self.entries if entry.action == action]
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """The settings that a converted layer gets."""
+
+    vt_world_size: int
+    partition: str = "contiguous"
+    eval_reduction: str = "mean"
+    eval_rank: int = 0
+    accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_rank_settings(
+            self.vt_world_size,
+            self.partition,
+            self.eval_reduction,
+            self.eval_rank,
+            self.accumulation_steps,
+        )
+
+
+def plan_conversion(
+    model: nn.Module,
+    vt_world_size: int,
+    *,
+    partition: str = "contiguous",
+    eval_reduction: str = "mean",
+    eval_rank: int = 0,
+    accumulation_steps: int = 1,
+    filter_fn: FilterFn | None = None,
+    unsupported: str = "raise",
+) -> ConversionPlan:
+    """Say what :func:`~distbn_convert.convert_model` would do, and change nothing.
+
+    Args:
+        model: **nn.Module**, the model.
+        vt_world_size: as in :func:`~distbn_convert.convert_model`, like all that follow.
+        partition: as there. Default: ``"contiguous"``
+        eval_reduction: as there. Default: ``"mean"``
+        eval_rank: as there. Default: 0
+        accumulation_steps: as there. Default: 1
+        filter_fn: as there. Default: None
+        unsupported: as there. Default: ``"raise"``
+
+    Returns:
+        ConversionPlan: one entry for each BatchNorm and each module that cannot be converted,
+        with the action ``"convert"``, ``"keep"`` or ``"refuse"`` and the reason.
+
+    Raises:
+        ConfigurationError: an argument is outside its allowed values.
+        ConversionError: the filter takes a module under one name and not under another.
+
+    Example::
+
+        >>> print(plan_conversion(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), 4))
+        convert '1' BatchNorm2d -> DistBatchNorm2d: 4 virtual ranks
+    """
+    settings = RankSettings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
+    if unsupported not in ("raise", "skip"):
+        raise ConfigurationError(
+            f"unsupported must be 'raise' or 'skip', but got {unsupported!r}; "
+            "'skip' leaves unknown layers alone with a warning."
+        )
+    entries = []
+    for module, names in walk(model):
+        verdict = _judge(module, settings)
+        if verdict is None:
+            continue
+        action, target, reason = verdict
+        if isinstance(module, _BatchNorm) and not accepts(filter_fn, module, names):
+            action, target, reason = "keep", None, "filter_fn leaves it out"
+        elif action == "refuse" and unsupported == "skip" and wrapper_advice(module) is None:
+            action, reason = "keep", f"unsupported: {reason}"
+        entries.append(PlanEntry(names[0], tuple(names[1:]), module, action, target, reason))
+    return ConversionPlan(tuple(entries))
+
+
+def walk(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Yield each module once with its names, the first that torch would give it in front.
+
+    A module that is reached by several (parent, name) edges has a name for each. What lies
+    inside a module that must be taken whole (quantised, scripted) is not visited.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModuleError(
+            f"expected an nn.Module, but got {type(model).__name__}; pass the model itself "
+            "(for a checkpoint's state dict, load it into the model first)."
+        )
+    names: dict[int, list[str]] = {id(model): [""]}
+    modules: dict[int, nn.Module] = {}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in modules:
+            continue
+        modules[id(module)] = module
+        if _is_opaque(module):
+            continue
+        prefix = names[id(module)][0]
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        for name, child in children:
+            names.setdefault(id(child), []).append(f"{prefix}.{name}" if prefix else name)
+        stack.extend(child for _, child in reversed(children))
+    for key, module in modules.items():
+        yield module, names[key]
+
+
+def accepts(filter_fn: FilterFn | None, module: nn.Module, names: list[str]) -> bool:
+    """Ask the filter for each name of a module; the answers must agree."""
+    if filter_fn is None:
+        return True
+    answers = {name: bool(filter_fn(module, name)) for name in names}
+    if len(set(answers.values())) > 1:
+        taken = next(name for name, answer in answers.items() if answer)
+        left = next(name for name, answer in answers.items() if not answer)
+        raise ConversionError(
+            f"filter_fn takes {taken!r} and leaves out {left!r}, but both names are one shared "
+            "module; give the same answer for both."
+        )
+    return answers[names[0]]
+
+
+def wrapper_advice(module: nn.Module) -> str | None:
+    """Return what to do about a wrapper or a compiled module, None for any other module."""
+    for base in type(module).__mro__:
+        if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+            return f"{base.__name__} holds on to the tensors inside; {_WRAPPERS[base.__name__]}"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it was compiled by Module.compile(); convert the model before compiling it"
+    return None
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith(
+        _QUANTIZED
+    )
+
+
+def _judge(
+    module: nn.Module, settings: RankSettings
+) -> tuple[Action, type[DistBatchNormMixin] | None, str] | None:
+    """Decide about one module; None if it has nothing to do with batch norm."""
+    advice = wrapper_advice(module)
+    if advice is not None:
+        return "refuse", None, advice
+    if _is_opaque(module):
+        return _judge_opaque(module)
+    if isinstance(module, DistBatchNormMixin):
+        return _judge_converted(module, settings)
+    if not isinstance(module, _BatchNorm):
+        if "FrozenBatchNorm" in type(module).__name__:
+            return "keep", None, "frozen: it never uses batch statistics, so ranks change nothing"
+        return None
+    reason = _why_unsupported(module)
+    if reason is not None:
+        return "refuse", None, reason
+    ranks = settings.vt_world_size * settings.accumulation_steps
+    return "convert", dist_class_of(type(module)), f"{ranks} virtual ranks"
+
+
+def _judge_opaque(module: nn.Module) -> tuple[Action, None, str] | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        inside = (getattr(child, "original_name", "") for child in module.modules())
+        if any("BatchNorm" in name for name in inside):
+            return "refuse", None, "it is TorchScript; convert the model before scripting it"
+    elif any(isinstance(child, _BatchNorm) for child in module.modules()):
+        return "refuse", None, "it is quantised or fused; convert the float model before that"
+    return None
+
+
+def _judge_converted(
+    module: DistBatchNormMixin, settings: RankSettings
+) -> tuple[Action, None, str]:
+    for name, wanted in vars(settings).items():
+        has = getattr(module, name)
+        if has != wanted:
+            return (
+                "refuse",
+                None,
+                f"it already has virtual ranks, with {name}={has!r} where {wanted!r} was asked for;"
+                " call revert_model first",
+            )
+    return "keep", None, f"already has {module.num_ranks} virtual ranks"
+
+
+def _why_unsupported(module: _BatchNorm) -> str | None:
+    """Return why a ``_BatchNorm`` cannot get virtual ranks, None if it can."""
+    cls = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy and has no channels yet; run one batch through the model first"
+    if isinstance(module, nn.SyncBatchNorm):
+        return (
+            "it synchronises its statistics, the opposite of virtual ranks; "
+            "replace it by BatchNorm first"
+        )
+    if hasattr(module, "parametrizations"):
+        return "its parameters are parametrized; convert before parametrizing, or remove that"
+    if dist_class_of(cls) is None:
+        return (
+            f"{cls.__module__}.{cls.__qualname__} is a subclass whose behaviour would be lost; "
+            "register_pair its class with virtual ranks, or pass unsupported='skip'"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance; convert before patching it"
+    shapes = ((module.num_features,), (module.num_features,), ())
+    for name, shape in zip(STATISTICS, shapes, strict=True):
+        statistic = getattr(module, name)
+        if statistic is not None and statistic.shape != shape:
+            return f"its {name} has shape {tuple(statistic.shape)}, expected {shape}; mend it first"
+    return None

@@ -1,0 +1,110 @@
+"""From one set of running statistics to the rows of V ranks, and back.
+
+The one place that knows the reductions: the layers' evaluation, the converter and the
+checkpoint code all use it.
+
+======== ============================================= =====================================
+word     running_mean, running_var                     is
+======== ============================================= =====================================
+select   row ``rank``                                  what DDP leaves in rank 0's checkpoint
+mean     average of each                               timm's ``--dist-bn reduce``
+pooled   mean of means; mean of variances + variance   the statistics of the union of the
+         of the means (law of total variance)          ranks
+======== ============================================= =====================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+__all__ = [
+    "REDUCTIONS",
+    "check_reduction",
+    "reduce_count",
+    "reduce_statistics",
+    "replicate",
+]
+
+REDUCTIONS = ("mean", "select", "pooled")
+
+
+def check_reduction(reduction: str, rank: int, ranks: int) -> None:
+    """Raise ConfigurationError unless ``reduction`` is known and ``rank`` is in 0..ranks-1."""
+    if reduction not in REDUCTIONS:
+        raise ConfigurationError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but got {reduction!r}; "
+            "'mean' averages the ranks, 'select' takes one, 'pooled' unites them."
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks:
+        raise ConfigurationError(
+            f"rank must be an int from 0 to {ranks - 1} (there are {ranks} ranks), "
+            f"but got {rank!r}; choose one of them."
+        )
+
+
+def replicate(statistic: Tensor, ranks: int) -> Tensor:
+    """Give every rank the same statistic.
+
+    Args:
+        statistic: ``Tensor[C]``, or ``Tensor[]`` for a counter.
+        ranks: number of rows.
+
+    Returns:
+        ``Tensor[ranks, C]`` (``Tensor[ranks]``), contiguous, in memory of its own.
+    """
+    return (
+        statistic.detach()
+        .expand(ranks, *statistic.shape)
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def reduce_statistics(
+    running_mean: Tensor, running_var: Tensor, reduction: str = "mean", rank: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Reduce the rows of all ranks to one set of statistics.
+
+    Computed in float64 and rounded once, so that equal rows give that row bit for bit.
+
+    Args:
+        running_mean: ``Tensor[V, C]``.
+        running_var: ``Tensor[V, C]``.
+        reduction: ``"mean"``, ``"select"`` or ``"pooled"``. Default: ``"mean"``
+        rank: the row that ``"select"`` takes. Default: 0
+
+    Returns:
+        mean and variance, each ``Tensor[C]`` in the dtype given; views for ``"select"``.
+
+    Raises:
+        ConfigurationError: unknown reduction, or a rank out of range.
+    """
+    check_reduction(reduction, rank, running_mean.shape[0])
+    if reduction == "select":
+        return running_mean[rank], running_var[rank]
+    mean, var = _wide_mean(running_mean), _wide_mean(running_var)
+    if reduction == "pooled":
+        var = var + _wide_mean((running_mean.to(mean.dtype) - mean).square())
+    return mean.to(running_mean.dtype), var.to(running_var.dtype)
+
+
+def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int = 0) -> Tensor:
+    """Reduce the counters ``int64 Tensor[V]``: the selected one, else the largest."""
+    check_reduction(reduction, rank, num_batches_tracked.shape[0])
+    return num_batches_tracked[rank] if reduction == "select" else num_batches_tracked.amax(0)
+
+
+def _wide_mean(rows: Tensor) -> Tensor:
+    """Average ``Tensor[V, C]`` over V in float64.
+
+    A sum of equal float32 (or shorter) values is exact in float64. A sum of float64 values
+    is not, so those are summed as distances from the first row, which are zero where rows
+    are equal; an infinite first row has no distances and keeps the plain mean.
+    """
+    wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)  # Metal has none
+    if rows.dtype != wide.dtype:
+        return wide.mean(0)
+    first = wide[0]
+    return torch.where(first.isinf(), wide.mean(0), first + (wide - first).mean(0))
