@@ -1,0 +1,105 @@
+"""A training run that is the same under real DistributedDataParallel and in one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+SAMPLES, EPOCHS, SHARE = 48, 2, 4  # SHARE: samples of one rank in one batch
+State = dict[str, Tensor]
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6, momentum=0.3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 4 * 4, 10),
+        nn.BatchNorm1d(10, eps=1e-3),
+        nn.Linear(10, 5),
+    ).double()
+
+
+def make_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(SAMPLES, 3, 8, 8, generator=generator, dtype=torch.float64)
+    scales = torch.rand(SAMPLES, 1, 1, 1, generator=generator, dtype=torch.float64) * 3
+    return images * scales + scales, torch.randint(0, 5, (SAMPLES,), generator=generator)
+
+
+def sampled(epoch: int, replicas: int, rank: int) -> list[int]:
+    """The indices that DistributedSampler deals to one rank in one epoch."""
+    sampler: Any = DistributedSampler(range(SAMPLES), replicas, rank, shuffle=True, seed=3)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def train(model: nn.Module, batches: list[Tensor]) -> None:
+    images, labels = make_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
+    for batch in batches:
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _worker(rank: int, replicas: int, broadcast: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=replicas
+    )
+    try:
+        model = make_model()
+        extra = {} if broadcast else {"broadcast_buffers": False}
+        batches = [
+            batch
+            for epoch in range(EPOCHS)
+            for batch in torch.tensor(sampled(epoch, replicas, rank)).split(SHARE)
+        ]
+        train(DistributedDataParallel(model, **extra), batches)
+        torch.save(model.state_dict(), Path(folder) / f"{rank}.pth")
+    finally:
+        dist.destroy_process_group()
+
+
+def train_ddp(replicas: int, folder: Path, *, broadcast: bool) -> list[State]:
+    """Train in real processes over gloo; return the state of each rank's model."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(_worker, (replicas, broadcast, str(folder)), nprocs=replicas)
+    return [torch.load(folder / f"{rank}.pth") for rank in range(replicas)]
+
+
+def dealt_batches(replicas: int) -> list[Tensor]:
+    """The global batches in the order of the permutation, sample p for rank p mod replicas."""
+    return [
+        batch
+        for epoch in range(EPOCHS)
+        for batch in torch.tensor(sampled(epoch, 1, 0)).split(SHARE * replicas)
+    ]
+
+
+def rank_major_batches(replicas: int) -> list[Tensor]:
+    """The same batches laid out rank after rank."""
+    return [
+        torch.cat(shares)
+        for epoch in range(EPOCHS)
+        for shares in zip(
+            *(torch.tensor(sampled(epoch, replicas, r)).split(SHARE) for r in range(replicas)),
+            strict=True,
+        )
+    ]

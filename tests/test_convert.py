@@ -1,0 +1,569 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from distbn_convert import (
+    DistBatchNorm1d,
+    DistBatchNorm2d,
+    DistBatchNorm3d,
+    convert_model,
+    plan_conversion,
+    revert_model,
+)
+from distbn_convert.errors import (
+    AlreadyConvertedError,
+    ConfigurationError,
+    ConversionError,
+    NothingToConvertError,
+    UnsupportedModuleError,
+)
+
+
+class Subclass(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+    )
+
+
+def trained_net(steps: int = 2) -> nn.Sequential:
+    model = small_net()
+    for _ in range(steps):
+        model(torch.randn(8, 3, 8, 8) * 2 + 1)
+    return model
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Everything that a refused conversion must leave alone."""
+    return (
+        [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()],
+        [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        [(name, id(buffer), buffer.clone()) for name, buffer in model.named_buffers()],
+    )
+
+
+def assert_unchanged(model: nn.Module, before: Any) -> None:
+    modules, parameters, buffers = snapshot(model)
+    assert (modules, parameters) == before[:2]
+    assert [entry[:2] for entry in buffers] == [entry[:2] for entry in before[2]]
+    torch.testing.assert_close(
+        [entry[2] for entry in buffers], [entry[2] for entry in before[2]], rtol=0, atol=0
+    )
+
+
+def test_model_is_converted_in_place_and_returned() -> None:
+    model = small_net()
+    assert convert_model(model, vt_world_size=4) is model
+    assert [type(model[i]) for i in (1, 4)] == [DistBatchNorm2d, DistBatchNorm2d]
+    assert model[1].running_mean.shape == (4, 6)
+    assert model[1].vt_world_size == 4
+    assert revert_model(model) is model
+    assert [type(model[i]) for i in (1, 4)] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+@pytest.mark.parametrize(
+    ("plain", "converted", "shape"),
+    [
+        (nn.BatchNorm1d, DistBatchNorm1d, (8, 3)),
+        (nn.BatchNorm2d, DistBatchNorm2d, (8, 3, 2, 2)),
+        (nn.BatchNorm3d, DistBatchNorm3d, (8, 3, 2, 2, 2)),
+    ],
+)
+def test_root_that_is_a_batch_norm_comes_back_with_its_own_class(
+    plain: Any, converted: Any, shape: tuple[int, ...]
+) -> None:
+    layer = convert_model(plain(3), 4)
+    assert type(layer) is converted
+    layer(torch.randn(shape))
+    layer = revert_model(layer)
+    assert type(layer) is plain
+    assert vars(layer).keys() == vars(plain(3)).keys()
+    assert repr(layer) == repr(plain(3))
+    with pytest.raises(ValueError, match="D input"):
+        layer(torch.randn(8, 3, 2, 2, 2, 2))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "select", "pooled"])
+@pytest.mark.parametrize("ranks", [1, 3, 8, 10])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_convert_then_revert_is_bit_exact(dtype: torch.dtype, ranks: int, reduction: str) -> None:
+    model = trained_net().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    revert_model(convert_model(model, ranks), reduction, rank=ranks - 1)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(after[name].dtype == before[name].dtype for name in before)
+    assert all(after[name].is_contiguous() for name in before)
+
+
+@pytest.mark.parametrize(("reduction", "rank"), [("mean", 0), ("select", 3), ("pooled", 0)])
+def test_evaluation_is_the_same_before_and_after_bit_for_bit(reduction: str, rank: int) -> None:
+    model, input = trained_net().eval(), torch.randn(5, 3, 8, 8)
+    original = model(input)
+    convert_model(model, 4, eval_reduction=reduction, eval_rank=rank)
+    assert torch.equal(model(input), original)
+    model.train()(torch.randn(8, 3, 8, 8))
+    converted = model.eval()(input)
+    assert not torch.equal(converted, original)
+    assert torch.equal(revert_model(model, reduction, rank)(input), converted)
+
+
+def test_training_goes_on_with_the_same_optimizer() -> None:
+    model = trained_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parameters = list(model.parameters())
+    for stage in (lambda m: convert_model(m, 4), revert_model):
+        stage(model)
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+        before = [parameter.clone() for parameter in parameters]
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 8, 8)).sin().sum().backward()
+        optimizer.step()
+        assert all((a - b).abs().max() > 0 for a, b in zip(parameters, before, strict=True))
+
+
+def test_two_parents_share_one_new_module() -> None:
+    shared = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), shared), nn.Sequential(shared))
+    convert_model(model, 2)
+    assert type(model[0][1]) is DistBatchNorm2d
+    assert model[0][1] is model[1][0]
+    revert_model(model)
+    assert model[0][1] is model[1][0] is shared
+
+
+def test_two_names_in_one_parent_are_both_converted() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.BatchNorm2d(3)
+    convert_model(model, 2)
+    assert type(model.a) is type(model.b) is DistBatchNorm2d
+    assert model.a is model.b
+    (entry,) = plan_conversion(model, 2)
+    assert (entry.fqn, entry.aliases) == ("a", ("b",))
+
+
+def test_references_from_outside_the_tree_stay_valid() -> None:
+    model = small_net()
+    watched = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    convert_model(model, 2)
+    assert watched == [model[1], model[4]]
+    assert all(type(module) is DistBatchNorm2d for module in watched)
+
+
+def test_shared_parameters_and_buffers_stay_shared() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model[1].weight = model[0].weight
+    model[1].running_mean = model[0].running_mean
+    convert_model(model, 2)
+    assert model[1].weight is model[0].weight
+    assert model[1].running_mean is model[0].running_mean
+    assert model[1].running_var is not model[0].running_var
+
+
+def test_hooks_and_their_handles_survive_both_ways() -> None:
+    model, calls = small_net(), []
+    layer = model[1]
+    handles = [
+        layer.register_forward_hook(lambda *_: calls.append("forward")),
+        layer.register_forward_pre_hook(lambda *_: calls.append("pre")),
+        layer.register_full_backward_hook(lambda *_: calls.append("backward")),
+        layer.register_state_dict_post_hook(lambda *_: calls.append("state_dict")),
+    ]
+    for stage in (lambda m: convert_model(m, 2), revert_model):
+        stage(model)
+        calls.clear()
+        model(torch.randn(4, 3, 8, 8)).sum().backward()
+        model.state_dict()
+        assert sorted(calls) == ["backward", "forward", "pre", "state_dict"]
+    convert_model(model, 2)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert calls == []
+
+
+def test_flags_attributes_and_extra_buffers_survive_both_ways() -> None:
+    model = small_net()
+    layer = model[1].eval()
+    layer.weight.requires_grad_(False)
+    layer.qconfig = "mine"
+    layer.eps, layer.momentum = 0.5, None
+    layer.register_buffer("extra", torch.arange(3), persistent=False)
+    for stage in (lambda m: convert_model(m, 2), revert_model):
+        stage(model)
+        layer = model[1]
+        assert (layer.training, model[4].training) == (False, True)
+        assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
+        assert (layer.qconfig, layer.eps, layer.momentum) == ("mine", 0.5, None)
+        assert layer.extra.tolist() == [0, 1, 2]
+        assert "1.extra" not in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+        {"momentum": None},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_every_option_of_batch_norm_converts_and_reverts(options: dict[str, Any]) -> None:
+    layer = nn.BatchNorm2d(3, **options)
+    before, text = copy.deepcopy(layer.state_dict()), repr(layer)
+    input = torch.randn(8, 3, 2, 2, dtype=options.get("dtype"))
+    evaluated = layer.eval()(input)
+    convert_model(layer, 4)
+    assert torch.equal(layer(input), evaluated)
+    layer.train()(input)
+    revert_model(layer)
+    assert repr(layer) == text
+    assert {n: v.shape for n, v in layer.state_dict().items()} == {
+        n: v.shape for n, v in before.items()
+    }
+
+
+def test_layer_without_bias_converts_and_reverts() -> None:
+    layer = nn.BatchNorm2d(3)
+    layer.bias = None
+    convert_model(layer, 2)(torch.randn(4, 3, 2, 2))
+    assert revert_model(layer).bias is None
+
+
+def test_model_on_the_meta_device_converts_and_reverts() -> None:
+    with torch.device("meta"):
+        model = small_net()
+    convert_model(model, 4)
+    assert model[1].running_mean.is_meta
+    assert model[1].running_mean.shape == (4, 6)
+    assert revert_model(model)[1].running_mean.shape == (6,)
+
+
+def test_counter_reverts_to_the_selected_or_the_largest() -> None:
+    for reduction, rank, expected in (("mean", 0, 2), ("select", 3, 1), ("select", 0, 2)):
+        layer = convert_model(nn.BatchNorm2d(3), 4)
+        layer(torch.randn(4, 3, 2, 2))
+        layer(torch.randn(2, 3, 2, 2))
+        assert revert_model(layer, reduction, rank).num_batches_tracked == expected
+
+
+def test_settings_reach_the_layers() -> None:
+    model = convert_model(
+        small_net(),
+        2,
+        partition="interleaved",
+        eval_reduction="select",
+        eval_rank=3,
+        accumulation_steps=2,
+    )
+    layer = model[4]
+    assert (layer.partition, layer.eval_reduction, layer.eval_rank) == ("interleaved", "select", 3)
+    assert (layer.accumulation_steps, layer.running_var.shape) == (2, (4, 4))
+
+
+def test_filter_takes_layers_by_name_and_module() -> None:
+    model = small_net()
+    asked = []
+    convert_model(model, 2, filter_fn=lambda module, fqn: asked.append(fqn) or fqn == "4")
+    assert asked == ["1", "4"]
+    assert [type(model[i]) for i in (1, 4)] == [nn.BatchNorm2d, DistBatchNorm2d]
+    convert_model(model, 2, filter_fn=lambda module, fqn: module.num_features == 6)
+    assert type(model[1]) is DistBatchNorm2d
+    revert_model(model, filter_fn=lambda module, fqn: fqn == "1")
+    assert [type(model[i]) for i in (1, 4)] == [nn.BatchNorm2d, DistBatchNorm2d]
+
+
+def test_filter_must_agree_about_a_shared_module() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.BatchNorm2d(3)
+    with pytest.raises(ConversionError, match="takes 'a' and leaves out 'b'"):
+        convert_model(model, 2, filter_fn=lambda module, fqn: fqn == "a")
+    assert type(model.a) is nn.BatchNorm2d
+
+
+def test_converting_twice_changes_nothing() -> None:
+    model = convert_model(trained_net(), 4)
+    model(torch.randn(8, 3, 8, 8))
+    before = snapshot(model)
+    convert_model(model, 4)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"vt_world_size": 2}, "vt_world_size=4 where 2 was asked for"),
+        ({"vt_world_size": 4, "partition": "interleaved"}, "partition='contiguous' where"),
+        ({"vt_world_size": 4, "accumulation_steps": 2}, "accumulation_steps=1 where 2"),
+    ],
+)
+def test_converting_again_otherwise_says_to_revert_first(
+    settings: dict[str, Any], match: str
+) -> None:
+    model = convert_model(trained_net(), 4)
+    before = snapshot(model)
+    with pytest.raises(AlreadyConvertedError, match=f"{match}.*call revert_model first"):
+        convert_model(model, **settings)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("value", [0, -8, 8.0, "8", True, None])
+def test_vt_world_size_must_be_a_positive_int(value: Any) -> None:
+    model = small_net()
+    with pytest.raises(ConfigurationError, match="vt_world_size must be a positive int"):
+        convert_model(model, value)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"partition": "even"}, "partition must be one of"),
+        ({"eval_reduction": "median"}, "reduction must be one of"),
+        ({"eval_rank": 4}, "rank must be an int from 0 to 3"),
+        ({"accumulation_steps": 0}, "accumulation_steps must be a positive int"),
+        ({"unsupported": "ignore"}, "unsupported must be 'raise' or 'skip', but got 'ignore'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:
+    model = small_net()
+    before = snapshot(model)
+    with pytest.raises(ConfigurationError, match=match):
+        convert_model(model, 4, **settings)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "rank", "match"),
+    [("median", 0, "reduction must be one of"), ("select", 4, "rank must be an int from 0 to 3")],
+)
+def test_bad_reductions_leave_the_model_alone(reduction: str, rank: int, match: str) -> None:
+    model = convert_model(trained_net(), 4)
+    before = snapshot(model)
+    with pytest.raises(ConfigurationError, match=match):
+        revert_model(model, reduction, rank)
+    assert_unchanged(model, before)
+
+
+def test_reduction_that_overflows_the_dtype_is_refused() -> None:
+    layer = convert_model(nn.BatchNorm2d(2).half(), 2)
+    layer.running_mean.copy_(torch.tensor([[6e4, 0.0], [-6e4, 0.0]]))
+    with pytest.raises(ConversionError, match="pooled running_var .* too large for torch.float16"):
+        revert_model(layer, "pooled")
+    assert type(revert_model(layer, "mean")) is nn.BatchNorm2d
+
+
+def take_none(module: nn.Module, fqn: str) -> bool:
+    return False
+
+
+def test_nothing_matched_is_an_error_that_names_the_filter() -> None:
+    with pytest.raises(NothingToConvertError, match=r"take_none took none of 2 \('1', '4'"):
+        convert_model(small_net(), 2, filter_fn=take_none)
+    with pytest.raises(NothingToConvertError, match="take_none took none of 2"):
+        revert_model(convert_model(small_net(), 2), filter_fn=take_none)
+    with pytest.raises(NothingToConvertError, match="some BatchNorm to convert, but found none"):
+        convert_model(nn.Linear(3, 3), 2)
+    with pytest.raises(NothingToConvertError, match="virtual ranks to revert, but found none"):
+        revert_model(small_net())
+
+
+def test_frozen_layers_are_left_alone_and_named_when_there_is_nothing_else() -> None:
+    frozen = torchvision.ops.FrozenBatchNorm2d(3)
+    model = nn.Sequential(frozen, nn.BatchNorm2d(3))
+    convert_model(model, 2)
+    assert model[0] is frozen
+    assert type(model[1]) is DistBatchNorm2d
+    with pytest.raises(NothingToConvertError, match="found none .module '0': frozen: it never"):
+        convert_model(nn.Sequential(frozen), 2)
+
+
+def lazy() -> nn.Module:
+    return nn.LazyBatchNorm2d()
+
+
+def parametrized() -> nn.Module:
+    return weight_norm(nn.BatchNorm2d(3), "weight", dim=None)
+
+
+def patched() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.forward = layer.forward
+    return layer
+
+
+def wrong_shape() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.running_mean = torch.zeros(6)
+    return layer
+
+
+def qat() -> nn.Module:
+    qconfig = torch.ao.quantization.default_qat_qconfig
+    return torch.ao.nn.intrinsic.qat.ConvBn2d(3, 3, 1, qconfig=qconfig)
+
+
+UNSUPPORTED = [
+    (lambda: Subclass(3), "Subclass is a subclass whose behaviour would be lost; register_pair"),
+    (lazy, "it is lazy and has no channels yet; run one batch"),
+    (lambda: nn.SyncBatchNorm(3), "synchronises its statistics, the opposite of virtual ranks"),
+    (parametrized, "its parameters are parametrized; convert before parametrizing"),
+    (patched, "its forward was replaced on the instance; convert before patching"),
+    (wrong_shape, r"its running_mean has shape \(6,\), expected \(3,\)"),
+    (lambda: torch.jit.script(nn.BatchNorm2d(3)), "it is TorchScript; convert the model before"),
+    (lambda: torch.ao.nn.quantized.BatchNorm2d(3), "it is quantised or fused; convert the float"),
+    (
+        lambda: torch.ao.nn.intrinsic.qat.ConvBn2d(
+            3, 3, 1, qconfig=torch.ao.quantization.default_qat_qconfig
+        ),
+        "it is quantised or fused; convert the float model",
+    ),
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Lazy modules:UserWarning"
+)
+@pytest.mark.parametrize(("make", "match"), UNSUPPORTED)
+def test_layers_that_would_lose_behaviour_are_refused_or_left_alone(make: Any, match: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(make()))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModuleError, match=f"was not changed: module '1.0': .*{match}"):
+        convert_model(model, 2)
+    assert [type(module) for module in model.modules()] == kinds
+    left = model[1][0]
+    with pytest.warns(UserWarning, match=f"left alone: module '1.0': .*{match}"):
+        convert_model(model, 2, unsupported="skip")
+    assert type(model[0]) is DistBatchNorm2d
+    assert model[1][0] is left
+    assert type(left) is kinds[3]
+
+
+def test_every_unknown_subclass_is_named_and_a_filter_can_leave_it_out() -> None:
+    model = nn.Sequential(Subclass(3), nn.BatchNorm2d(3), Subclass(3))
+    with pytest.raises(UnsupportedModuleError, match="module '0', module '2': .*test_convert.Sub"):
+        convert_model(model, 2)
+    convert_model(model, 2, filter_fn=lambda module, fqn: type(module) is nn.BatchNorm2d)
+    assert type(model[1]) is DistBatchNorm2d
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def wrap_in_fsdp2(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (1,))
+    return fully_shard(model, mesh=mesh)
+
+
+def compile_in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("wrap", "match"),
+    [
+        (nn.parallel.DistributedDataParallel, "DistributedDataParallel holds on .*its .module bef"),
+        (nn.DataParallel, "DataParallel holds on .*its .module, and wrap that"),
+        (wrap_in_fsdp2, "FSDPModule holds on .*the model before fully_shard"),
+        (torch.compile, "OptimizedModule holds on .*the model before torch.compile"),
+        (compile_in_place, "it was compiled by Module.compile.*before compiling it"),
+    ],
+)
+def test_wrapped_models_are_refused_with_the_right_order(wrap: Any, match: str) -> None:
+    inner = trained_net()
+    wrapped = nn.Sequential(wrap(inner))
+    before = snapshot(inner)
+    for unsupported in ("raise", "skip"):
+        with pytest.raises(UnsupportedModuleError, match=f"module '0': {match}"):
+            convert_model(wrapped, 2, unsupported=unsupported)
+    assert_unchanged(inner, before)
+    converted = convert_model(trained_net(), 2)
+    with pytest.raises(UnsupportedModuleError, match="cannot be reverted"):
+        revert_model(nn.Sequential(wrap(converted)))
+
+
+def test_fully_sharded_data_parallel_is_refused_by_name() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # it needs a GPU to build
+    nn.Module.__init__(wrapper)
+    wrapper.inner = small_net()
+    with pytest.raises(UnsupportedModuleError, match="FullyShardedDataParallel holds on"):
+        convert_model(wrapper, 2)
+
+
+@pytest.mark.parametrize("value", [{"running_mean": torch.zeros(3)}, None, nn.BatchNorm2d])
+def test_what_is_no_module_is_refused(value: Any) -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"expected an nn\.Module, but got"):
+        convert_model(value, 2)
+    with pytest.raises(UnsupportedModuleError, match=r"expected an nn\.Module, but got"):
+        revert_model(value)
+
+
+def test_modules_that_contain_themselves_end_the_walk() -> None:
+    model = small_net()
+    model[0].cycle = model
+    convert_model(model, 2)
+    assert type(model[4]) is DistBatchNorm2d
+
+
+def test_instance_and_group_norm_are_none_of_our_business() -> None:
+    model = nn.Sequential(
+        nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)
+    )
+    assert [entry.fqn for entry in plan_conversion(model, 2)] == ["2"]
+
+
+def test_plan_says_what_would_happen_and_changes_nothing() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(3),
+        Subclass(3),
+        torchvision.ops.FrozenBatchNorm2d(3),
+        convert_model(nn.BatchNorm2d(3), 2),
+        nn.BatchNorm2d(3),
+    )
+    before = snapshot(model)
+    plan = plan_conversion(model, 2, filter_fn=lambda module, fqn: fqn != "4")
+    assert_unchanged(model, before)
+    assert [(entry.fqn, entry.action) for entry in plan] == [
+        ("0", "convert"),
+        ("1", "refuse"),
+        ("2", "keep"),
+        ("3", "keep"),
+        ("4", "keep"),
+    ]
+    lines = str(plan).splitlines()
+    assert lines[0] == "convert '0' BatchNorm2d -> DistBatchNorm2d: 2 virtual ranks"
+    assert lines[2].startswith("keep    '2' FrozenBatchNorm2d: frozen")
+    assert lines[4].endswith("filter_fn leaves it out")
+    assert len(plan) == 5
+    assert plan[0].target is DistBatchNorm2d
+    skipped = plan_conversion(model, 2, unsupported="skip")
+    assert skipped[1].action == "keep"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distbn_convert import DistBatchNorm2d, convert_model, register_pair, revert_model
+from distbn_convert.errors import RegistryError
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class DistBatchNormReLU(BatchNormReLU, DistBatchNorm2d):
+    pass
+
+
+register_pair(BatchNormReLU, DistBatchNormReLU)
+
+
+def test_registered_subclass_keeps_its_forward_and_comes_back() -> None:
+    layer, input = BatchNormReLU(3), torch.randn(8, 3, 4, 4)
+    expected = convert_model(nn.BatchNorm2d(3), 4)(input).relu()
+    convert_model(layer, 4)
+    assert type(layer) is DistBatchNormReLU
+    assert torch.equal(layer(input), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(input), expected)
+    evaluated = layer.eval()(input)
+    assert type(revert_model(layer)) is BatchNormReLU
+    assert torch.equal(layer(input), evaluated)
+
+
+class Unrelated(DistBatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("plain", "dist", "match"),
+    [
+        (nn.Linear, DistBatchNorm2d, "plain must be a subclass of BatchNorm1d"),
+        (nn.BatchNorm2d(3), DistBatchNorm2d, "give the class itself"),
+        (BatchNormReLU, Unrelated, "dist must derive from BatchNormReLU"),
+        (BatchNormReLU, BatchNormReLU, "dist must derive from BatchNormReLU and from Dist"),
+        (nn.BatchNorm2d, Unrelated, "in no pair yet, but BatchNorm2d or Unrelated already is"),
+        (BatchNormReLU, DistBatchNormReLU, "register each class once"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(plain: Any, dist: Any, match: str) -> None:
+    with pytest.raises(RegistryError, match=match):
+        register_pair(plain, dist)
