@@ -8,6 +8,7 @@ two parents or from a list of yours, stay what they were.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -122,6 +123,8 @@ def convert_model(
             setattr(entry.module, name, value)
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
+    if entries and not _check_hooks(model):
+        model.register_load_state_dict_pre_hook(_check_state_dict)
     return model
 
 
@@ -182,7 +185,25 @@ def revert_model(
         for name in RankSettings.__dataclass_fields__:
             delattr(module, name)
         module._buffers.update(statistics)
+    for module, _ in modules:
+        keys = _check_hooks(module)
+        if keys and not any(isinstance(child, DistBatchNormMixin) for child in module.modules()):
+            for key in keys:
+                del module._load_state_dict_pre_hooks[key]
     return model
+
+
+def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict with other ranks before any module has loaded its part of it."""
+    for name, child in module.named_modules():
+        if isinstance(child, DistBatchNormMixin):
+            child.check_state_dict(state_dict, f"{prefix}{name}." if name else prefix)
+
+
+def _check_hooks(module: nn.Module) -> list[int]:
+    """Return the keys under which ``module`` has :func:`_check_state_dict` as a hook."""
+    hooks = module._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is _check_state_dict]
 
 
 def _plain_class(module: DistBatchNormMixin) -> type[nn.Module]:

@@ -145,19 +145,25 @@ class DistBatchNormMixin(_BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Give the statistics of a plain checkpoint to every rank."""
+        self.check_state_dict(state_dict, prefix)
         for name in STATISTICS:
             own, value = getattr(self, name), state_dict.get(prefix + name)
-            if own is None or not isinstance(value, Tensor):
-                continue
-            if value.dim() == own.dim() - 1:
+            if own is not None and isinstance(value, Tensor) and value.dim() == own.dim() - 1:
                 state_dict[prefix + name] = replicate(value, self.num_ranks)
-            elif value.dim() == own.dim() and value.shape[0] != self.num_ranks:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise StateDictError if the layer's statistics there have another number of ranks."""
+        for name in STATISTICS:
+            own, value = getattr(self, name), state_dict.get(prefix + name)
+            if own is None or not isinstance(value, Tensor) or value.dim() != own.dim():
+                continue
+            if value.shape[0] != self.num_ranks:
                 raise StateDictError(
                     f"{prefix}{name} in the checkpoint has {value.shape[0]} virtual ranks, but the "
                     f"layer has {self.num_ranks}; build the model with the checkpoint's number, or "
                     "revert the checkpoint to plain BatchNorm first, which loads with any number."
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_rank_settings(

@@ -24,6 +24,7 @@ from distbn_convert.errors import (
     ConfigurationError,
     ConversionError,
     NothingToConvertError,
+    StateDictError,
     UnsupportedModuleError,
 )
 
@@ -324,6 +325,20 @@ def test_converting_again_otherwise_says_to_revert_first(
     with pytest.raises(AlreadyConvertedError, match=f"{match}.*call revert_model first"):
         convert_model(model, **settings)
     assert_unchanged(model, before)
+
+
+def test_checkpoint_with_other_ranks_is_refused_before_anything_is_loaded() -> None:
+    source = convert_model(trained_net(), 8).state_dict()
+    for model in (convert_model(small_net(), 4), copy.deepcopy(convert_model(small_net(), 4))):
+        outer = nn.ModuleDict({"net": model})
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(StateDictError, match=r"^1\.running_mean .* has 8 .* the layer has 4;"):
+            model.load_state_dict(source)
+        with pytest.raises(StateDictError, match=r"^net\.1\.running_mean in the checkpoint"):
+            outer.load_state_dict({f"net.{name}": value for name, value in source.items()})
+        after = model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert not any(revert_model(model)._load_state_dict_pre_hooks)
 
 
 @pytest.mark.parametrize("value", [0, -8, 8.0, "8", True, None])

@@ -10,7 +10,7 @@ from distbn_convert import convert_model
 
 from . import ddp
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
