@@ -106,16 +106,7 @@ def convert_model(
     _warn_skipped(plan)
 
     settings = RankSettings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
-    ranks = vt_world_size * accumulation_steps
-    replicated: dict[int, Tensor] = {}  # a buffer that two layers share stays shared
-    buffers = []
-    for entry in entries:
-        for name in STATISTICS:
-            statistic = getattr(entry.module, name)
-            if statistic is not None:
-                if id(statistic) not in replicated:
-                    replicated[id(statistic)] = replicate(statistic, ranks)
-                buffers.append((entry.module, name, replicated[id(statistic)]))
+    buffers = _replicate_all(entries, vt_world_size * accumulation_steps)
     for entry in entries:
         assert entry.target is not None
         entry.module.__class__ = entry.target
@@ -191,6 +182,20 @@ def revert_model(
             for key in keys:
                 del module._load_state_dict_pre_hooks[key]
     return model
+
+
+def _replicate_all(entries: list[PlanEntry], ranks: int) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return the new buffers: module, name, rows; what two layers share stays shared."""
+    replicated: dict[int, Tensor] = {}
+    buffers = []
+    for entry in entries:
+        for name in STATISTICS:
+            statistic = getattr(entry.module, name)
+            if statistic is not None:
+                if id(statistic) not in replicated:
+                    replicated[id(statistic)] = replicate(statistic, ranks)
+                buffers.append((entry.module, name, replicated[id(statistic)]))
+    return buffers
 
 
 def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
