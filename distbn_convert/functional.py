@@ -96,7 +96,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mean, rstd = ctx.saved_tensors
     eps, vt_world_size, interleaved = ctx.settings
     partition = (vt_world_size, interleaved)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and input.numel():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # create_graph=True: the saved moments are constants to autograd, so recompute them.
         mean, var = reference.statistics(input.to(mean.dtype), *partition)
         rstd = torch.rsqrt(var + eps)

@@ -143,14 +143,20 @@ class DistBatchNormMixin(_BatchNorm):
             text += f", accumulation_steps={self.accumulation_steps}"
         return text
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Give the statistics of a plain checkpoint to every rank."""
         self.check_state_dict(state_dict, prefix)
+        count, key = self.num_batches_tracked, prefix + "num_batches_tracked"
+        if count is not None and count.is_meta and (local_metadata.get("version") or 1) < 2:
+            # From before torch counted batches; torch would put one counter here, not one a rank.
+            state_dict.setdefault(key, torch.zeros(self.num_ranks, dtype=torch.long))
         for name in STATISTICS:
             own, value = getattr(self, name), state_dict.get(prefix + name)
             if own is not None and isinstance(value, Tensor) and value.dim() == own.dim() - 1:
                 state_dict[prefix + name] = replicate(value, self.num_ranks)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise StateDictError if the layer's statistics there have another number of ranks."""

@@ -57,13 +57,16 @@ def statistics(input: Tensor, vt_world_size: int, interleaved: bool) -> tuple[Te
     LeVeque (1979), so no large sum of squares is ever subtracted from another.
 
     Args:
-        input: ``Tensor[N, C, *]``, not empty, in the accumulation dtype.
+        input: ``Tensor[N, C, *]`` in the accumulation dtype.
         vt_world_size: number of virtual ranks ``V``.
         interleaved: the partition.
 
     Returns:
         mean and variance, each ``Tensor[V, C]``; zeros for a rank with no samples.
     """
+    if input.numel() == 0:
+        moments = input.new_zeros((vt_world_size, input.shape[1]))
+        return moments, moments.clone()
     counts = _share_counts(input, vt_world_size, input.dtype)
     if input.dim() > 2:
         spatial = tuple(range(2, input.dim()))
@@ -107,14 +110,11 @@ def forward(
         of its standard deviation, each ``Tensor[V, C]`` in the accumulation dtype.
     """
     dtype = accumulate_dtype(input.dtype)
-    if input.numel() == 0:
-        moments = input.new_zeros((vt_world_size, input.shape[1]), dtype=dtype)
-        return torch.empty_like(input), moments, torch.zeros_like(moments)
     x = input.to(dtype)
     mean, var = statistics(x, vt_world_size, interleaved)
     rstd = torch.rsqrt(var + eps)
 
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and input.numel():
         values = _share_counts(input, vt_world_size, dtype) * input.shape[2:].numel()
         factor: float | Tensor
         if momentum is not None:
