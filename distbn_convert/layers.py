@@ -126,7 +126,9 @@ class DistBatchNormMixin(_BatchNorm):
                 f"expected {expected} input (got {input.dim()}D input of shape "
                 f"{tuple(input.shape)}); reshape it, or use the layer of that dimension."
             )
-        if input.shape[1] != self.num_features:
+        # Tracing makes a tensor of the size and warns of comparing it.
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if not tracing and input.shape[1] != self.num_features:
             raise InputError(
                 f"expected {self.num_features} channels (dimension 1), but got an input of shape "
                 f"{tuple(input.shape)}; check the layer before this one."

@@ -81,7 +81,9 @@ def reduce_statistics(
     Raises:
         ConfigurationError: unknown reduction, or a rank out of range.
     """
-    check_reduction(reduction, rank, running_mean.shape[0])
+    # Tracing makes a tensor of the size and warns of comparing it.
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        check_reduction(reduction, rank, running_mean.shape[0])
     if reduction == "select":
         return running_mean[rank], running_var[rank]
     mean, var = _wide_mean(running_mean), _wide_mean(running_var)
