@@ -8,8 +8,9 @@ two parents or from a list of yours, stay what they were.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .errors import (
@@ -18,21 +19,30 @@ from .errors import (
     NothingToConvertError,
     UnsupportedModuleError,
 )
-from .layers import STATISTICS, DistBatchNormMixin
+from .layers import STATISTICS, DistBatchNormMixin, RankSettings
 from .plan import (
     ConversionPlan,
     FilterFn,
     PlanEntry,
-    RankSettings,
     accepts,
     plan_conversion,
     walk,
-    wrapper_advice,
+    wrapper_of,
 )
 from .registry import plain_class_of
 from .replicas import check_reduction, reduce_count, reduce_statistics, replicate
 
 __all__ = ["convert_model", "revert_model"]
+
+NewBuffer = tuple[nn.Module, str, Tensor]
+
+# Wrappers that hold on to the tensors which reverting replaces -> what to do instead.
+_UNWRAP = {
+    "DistributedDataParallel": "call revert_model on its .module and leave the wrapper",
+    "DataParallel": "call revert_model on its .module, and wrap that",
+    "FullyShardedDataParallel": "load its full state dict into a converted model and revert that",
+    "FSDPModule": "load its full state dict into a converted model and revert that",
+}
 
 
 def convert_model(
@@ -62,7 +72,8 @@ def convert_model(
         eval_rank: **int**, the rank that ``"select"`` takes. Default: 0
         accumulation_steps: **int**, A micro-steps stand for V * A ranks. Default: 1
         filter_fn: **callable(module, fqn) -> bool**, takes the layers to convert; asked for
-            every BatchNorm, a shared one once for each of its names. Default: None, all
+            every BatchNorm, a shared one once for each of its names (the answers must agree).
+            Default: None, all
         unsupported: **str**, ``"raise"`` or ``"skip"``: refuse layers that cannot be converted,
             or leave them alone with a warning. Default: ``"raise"``
 
@@ -79,7 +90,8 @@ def convert_model(
     Note:
         All that can be refused is refused before the model is touched. ``weight`` and ``bias`` are
         the same Parameters afterwards, so optimizers made before stay valid. Converting again
-        with the same settings changes nothing.
+        with the same settings changes nothing. ``load_state_dict`` of the model then refuses a
+        checkpoint with another number of ranks before it loads any part of it.
 
     Example::
 
@@ -99,19 +111,18 @@ def convert_model(
         unsupported=unsupported,
     )
     _raise_refusals(plan)
-    entries = plan.of("convert")
-    already = any(isinstance(entry.module, DistBatchNormMixin) for entry in plan)
-    if not entries and not already:
-        raise _nothing(plan.entries, filter_fn, "BatchNorm", "convert")
-    _warn_skipped(plan)
+    if not plan.of("convert", "already"):
+        raise _nothing(list(plan), filter_fn, "BatchNorm", "convert")
+    if plan.of("skip"):
+        warnings.warn(f"left alone: {_list(plan.of('skip'))}.", stacklevel=2)
 
     settings = RankSettings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
-    buffers = _replicate_all(entries, vt_world_size * accumulation_steps)
+    entries = plan.of("convert")
+    buffers = _replicate_all(entries, settings.num_ranks)
     for entry in entries:
         assert entry.target is not None
         entry.module.__class__ = entry.target
-        for name, value in vars(settings).items():
-            setattr(entry.module, name, value)
+        settings.apply_to(entry.module)
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
     if entries and not _check_hooks(model):
@@ -142,7 +153,8 @@ def revert_model(
 
     Raises:
         ConfigurationError: unknown reduction, or a rank out of range.
-        UnsupportedModuleError: a compiled, DDP-, FSDP- or DataParallel-wrapped model.
+        UnsupportedModuleError: a DDP-, FSDP- or DataParallel-wrapped model, a layer whose forward
+            was replaced or that is parametrized.
         NothingToConvertError: no layer has virtual ranks, or the filter takes none.
         ConversionError: a reduced statistic is too large for its dtype.
 
@@ -152,30 +164,23 @@ def revert_model(
         >>> model.bn1.running_mean.shape
         torch.Size([64])
     """
-    check_reduction(reduction, 0, 1)
-    modules = list(walk(model))
-    for module, names in modules:
-        advice = wrapper_advice(module)
-        if advice is not None:
-            raise UnsupportedModuleError(
-                f"{_where(names[0])} cannot be reverted: {advice.replace('convert', 'revert')}."
-            )
+    modules = walk(model)
     candidates = [
-        (module, names) for module, names in modules if isinstance(module, DistBatchNormMixin)
+        PlanEntry(names[0], tuple(names[1:]), module, "filtered", None, "")
+        for module, names in modules
+        if isinstance(module, DistBatchNormMixin)
     ]
-    chosen = [module for module, names in candidates if accepts(filter_fn, module, names)]
-    if not chosen:
-        found = tuple(
-            PlanEntry(names[0], (), module, "keep", None, "") for module, names in candidates
-        )
-        raise _nothing(found, filter_fn, "layer with virtual ranks", "revert")
-    plain_classes = [_plain_class(module) for module in chosen]
-    reduced = [_reduce(module, reduction, rank) for module in chosen]
-    for module, plain, statistics in zip(chosen, plain_classes, reduced, strict=True):
-        module.__class__ = plain  # type: ignore[assignment]
+    entries = [e for e in candidates if accepts(filter_fn, e.module, [e.fqn, *e.aliases])]
+    if not entries:
+        raise _nothing(candidates, filter_fn, "layer with virtual ranks", "revert")
+    _raise_unless_revertible(modules, entries)
+    buffers = _reduce_all(entries, reduction, rank)
+    for entry in entries:
+        entry.module.__class__ = plain_class_of(type(entry.module))  # type: ignore[assignment]
         for name in RankSettings.__dataclass_fields__:
-            delattr(module, name)
-        module._buffers.update(statistics)
+            delattr(entry.module, name)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
     for module, _ in modules:
         keys = _check_hooks(module)
         if keys and not any(isinstance(child, DistBatchNormMixin) for child in module.modules()):
@@ -184,8 +189,9 @@ def revert_model(
     return model
 
 
-def _replicate_all(entries: list[PlanEntry], ranks: int) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return the new buffers: module, name, rows; what two layers share stays shared."""
+@torch.inference_mode(False)
+def _replicate_all(entries: list[PlanEntry], ranks: int) -> list[NewBuffer]:
+    """Replicate the statistics of all layers; what two layers share stays shared."""
     replicated: dict[int, Tensor] = {}
     buffers = []
     for entry in entries:
@@ -198,11 +204,34 @@ def _replicate_all(entries: list[PlanEntry], ranks: int) -> list[tuple[nn.Module
     return buffers
 
 
+@torch.inference_mode(False)
+def _reduce_all(entries: list[PlanEntry], reduction: str, rank: int) -> list[NewBuffer]:
+    """Reduce the statistics of all layers; what two layers share stays shared."""
+    reduced: dict[tuple[int, ...], Tensor] = {}
+    buffers: list[NewBuffer] = []
+    for entry in entries:
+        module = cast(DistBatchNormMixin, entry.module)
+        mean, var, count = (getattr(module, name) for name in STATISTICS)
+        check_reduction(reduction, rank, module.num_ranks)
+        if mean is not None and var is not None:
+            new_mean, new_var = reduce_statistics(mean, var, reduction, rank)
+            _raise_if_overflown(entry, mean, new_mean, reduction)
+            _raise_if_overflown(entry, var, new_var, reduction)
+            new_mean = reduced.setdefault((id(mean),), new_mean.clone())
+            new_var = reduced.setdefault((id(mean), id(var)), new_var.clone())
+            buffers += [(module, STATISTICS[0], new_mean), (module, STATISTICS[1], new_var)]
+        if count is not None:
+            new_count = reduce_count(count, reduction, rank).clone()
+            buffers.append((module, STATISTICS[2], reduced.setdefault((id(count),), new_count)))
+    return buffers
+
+
 def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict with other ranks before any module has loaded its part of it."""
-    for name, child in module.named_modules():
+    for child, names in walk(module):
         if isinstance(child, DistBatchNormMixin):
-            child.check_state_dict(state_dict, f"{prefix}{name}." if name else prefix)
+            for name in names:
+                child.check_state_dict(state_dict, f"{prefix}{name}." if name else prefix)
 
 
 def _check_hooks(module: nn.Module) -> list[int]:
@@ -211,32 +240,35 @@ def _check_hooks(module: nn.Module) -> list[int]:
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is _check_state_dict]
 
 
-def _plain_class(module: DistBatchNormMixin) -> type[nn.Module]:
-    plain = plain_class_of(type(module))
-    if plain is None:
-        raise UnsupportedModuleError(
-            f"{type(module).__name__} has virtual ranks but no plain class to return to; "
-            "register_pair it with one first."
+def _raise_unless_revertible(
+    modules: list[tuple[nn.Module, list[str]]], entries: list[PlanEntry]
+) -> None:
+    """Refuse what would leave a wrapper or a layer broken. A compiled model just recompiles."""
+    for module, names in modules:
+        wrapper = wrapper_of(module)
+        if wrapper is not None and wrapper in _UNWRAP:
+            raise UnsupportedModuleError(
+                f"{_where(names[0])} cannot be reverted: wrapped by {wrapper}; {_UNWRAP[wrapper]}."
+            )
+    for entry in entries:
+        reason = None
+        if "forward" in vars(entry.module):
+            reason = "its forward was replaced on the instance; undo that first"
+        elif hasattr(entry.module, "parametrizations"):
+            reason = "its parameters are parametrized; remove the parametrization first"
+        elif plain_class_of(type(entry.module)) is None:
+            name = type(entry.module).__name__
+            reason = f"{name} has no plain class to return to; register_pair it with one first"
+        if reason is not None:
+            raise UnsupportedModuleError(f"{_where(entry.fqn)} cannot be reverted: {reason}.")
+
+
+def _raise_if_overflown(entry: PlanEntry, rows: Tensor, reduced: Tensor, reduction: str) -> None:
+    if not rows.is_meta and reduced.isinf().any() and not rows.isinf().any():
+        raise ConversionError(
+            f"the {reduction} statistics of {_where(entry.fqn)} are too large for {rows.dtype}; "
+            "convert the model to float32 first, or use another reduction."
         )
-    return plain
-
-
-def _reduce(module: DistBatchNormMixin, reduction: str, rank: int) -> dict[str, Tensor]:
-    check_reduction(reduction, rank, module.num_ranks)
-    mean, var, count = (getattr(module, name) for name in STATISTICS)
-    reduced: dict[str, Tensor] = {}
-    if mean is not None and var is not None:
-        new = reduce_statistics(mean, var, reduction, rank)
-        for name, rows, statistic in zip(STATISTICS, (mean, var), new, strict=False):
-            if not rows.is_meta and statistic.isinf().any() and not rows.isinf().any():
-                raise ConversionError(
-                    f"the {reduction} {name} of the ranks is too large for {rows.dtype}; "
-                    "convert the model to float32 first, or use another reduction."
-                )
-            reduced[name] = statistic.clone()
-    if count is not None:
-        reduced["num_batches_tracked"] = reduce_count(count, reduction, rank).clone()
-    return reduced
 
 
 def _where(fqn: str) -> str:
@@ -253,12 +285,6 @@ def _raise_refusals(plan: ConversionPlan) -> None:
     raise kind(f"the model was not changed: {_list(refused)}.")
 
 
-def _warn_skipped(plan: ConversionPlan) -> None:
-    skipped = [entry for entry in plan.of("keep") if entry.reason.startswith("unsupported")]
-    if skipped:
-        warnings.warn(f"left alone: {_list(skipped)}.", stacklevel=3)
-
-
 def _list(entries: list[PlanEntry]) -> str:
     """Join the entries, those with one reason together."""
     names: dict[str, list[str]] = {}
@@ -268,17 +294,18 @@ def _list(entries: list[PlanEntry]) -> str:
 
 
 def _nothing(
-    entries: tuple[PlanEntry, ...], filter_fn: FilterFn | None, what: str, verb: str
+    entries: list[PlanEntry], filter_fn: FilterFn | None, what: str, verb: str
 ) -> NothingToConvertError:
-    left_out = [entry for entry in entries if not entry.reason.startswith("frozen")]
-    if filter_fn is not None and left_out:
+    filtered = [entry for entry in entries if entry.action == "filtered"]
+    if filter_fn is not None and filtered:
         name = getattr(filter_fn, "__qualname__", repr(filter_fn))
-        names = ", ".join(repr(entry.fqn) for entry in left_out[:3])
+        names = ", ".join(repr(entry.fqn) for entry in filtered[:3])
+        more = ", ..." if len(filtered) > 3 else ""
         return NothingToConvertError(
-            f"expected filter_fn to take some {what}, but {name} took none of {len(left_out)} "
-            f"({names}, ...); check the names that it compares with."
+            f"expected filter_fn to take some {what}, but {name} took none of {len(filtered)} "
+            f"({names}{more}); check the names that it compares with."
         )
-    others = f" ({_list(list(entries))})" if entries else ""
+    others = f" ({_list(entries)})" if entries else ""
     return NothingToConvertError(
         f"expected a model with some {what} to {verb}, but found none{others}; "
         "check that this is the model you meant."

@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError, InputError
+from .checks import (
+    check_numbers,
+    check_partition,
+    check_statistics,
+    check_tensors,
+    check_values,
+    check_vt_world_size,
+)
+from .errors import ConfigurationError
 from .kernels import reference, select_backend
-from .kernels.partition import PARTITIONS, share_sizes
 
 __all__ = ["dist_batch_norm"]
 
@@ -88,6 +95,7 @@ _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
     input, weight, bias, *_, eps, vt_world_size, interleaved = inputs
     ctx.save_for_backward(input, weight, mean, rstd)
+    ctx.save_for_forward(input, weight, mean, rstd)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.settings = eps, vt_world_size, interleaved
 
@@ -109,6 +117,22 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grads[0], grad_weight, grad_bias, *(None,) * 7
 
 
+def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """Differentiate in forward mode; the Jacobian for the input is a symmetric matrix."""
+    input, weight, mean, rstd = ctx.saved_tensors
+    _, *partition = ctx.settings
+    channels = (-1,) + (1,) * (input.dim() - 2)
+    result = torch.zeros_like(input, dtype=mean.dtype)
+    if tangents[0] is not None:
+        result = reference.gradients(tangents[0], input, weight, mean, rstd, *partition)[0]
+    if tangents[1] is not None:
+        normalized = reference.normalize(input.to(mean.dtype), mean, rstd, partition[1])
+        result = result + normalized * tangents[1].to(mean.dtype).reshape(channels)
+    if tangents[2] is not None:
+        result = result + tangents[2].to(mean.dtype).reshape(channels)
+    return result.to(input.dtype)
+
+
 class _BatchNorm(torch.autograd.Function):
     """The eager path; a third of the overhead of the ``setup_context`` form."""
 
@@ -121,6 +145,10 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _push_forward(ctx, tangents)
 
 
 class _FunctorchBatchNorm(torch.autograd.Function):
@@ -142,24 +170,29 @@ class _FunctorchBatchNorm(torch.autograd.Function):
         return _differentiate(ctx, grad_outputs[0])
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
+        return _push_forward(ctx, tangents), None, None
+
+    @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-        if inputs[3] is not None and in_dims[0] is not None and in_dims[3] is None:
+        shared_rows = inputs[3] is not None and in_dims[3] is None
+        if shared_rows and in_dims[0] is not None:
             raise ConfigurationError(
                 "vmap was given a batched input but running statistics that are not batched and "
                 "would be written in place; map over the buffers too, or pass "
                 "running_mean=None and running_var=None."
             )
-        results = [
-            _FunctorchBatchNorm.apply(
-                *(
-                    value if dim is None else value.select(dim, index)
-                    for value, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
+        results = []
+        for index in range(info.batch_size):
+            arguments = [
+                value if dim is None else value.select(dim, index)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            ]
+            if shared_rows and index:  # one batch updates the rows once
+                arguments[3:5] = None, None
+            results.append(_FunctorchBatchNorm.apply(*arguments))
         output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
         return (output, mean, rstd), (0, 0, 0)
 
@@ -211,7 +244,8 @@ def dist_batch_norm(
     Raises:
         ConfigurationError: ``vt_world_size``, ``momentum``, ``eps`` or ``partition`` is not
             allowed.
-        InputError: the number of dimensions or channels is wrong, or a rank has a single
+        InputError: a shape, dtype or device is wrong (weight, bias and statistics have the dtype
+            of the input, or float32 for a float16 or bfloat16 input), or a rank has a single
             value per channel.
 
     Note:
@@ -231,9 +265,18 @@ def dist_batch_norm(
     """
     check_vt_world_size(vt_world_size)
     check_partition(partition)
-    _check_numbers(momentum, eps, running_mean, num_batches_tracked)
-    _check_shapes(input, running_mean, running_var, weight, bias, vt_world_size)
-    _check_values(input, vt_world_size)
+    check_numbers(momentum, eps)
+    check_statistics(momentum, running_mean, running_var, num_batches_tracked)
+    check_tensors(
+        input,
+        vt_world_size,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+        weight=weight,
+        bias=bias,
+    )
+    check_values(input, vt_world_size)
     if num_batches_tracked is not None:
         ranks = min(input.shape[0], vt_world_size) or vt_world_size
         num_batches_tracked[:ranks].add_(1)
@@ -253,78 +296,3 @@ def dist_batch_norm(
         partition == "interleaved",
     )
     return result if isinstance(result, Tensor) else result[0]
-
-
-def check_vt_world_size(vt_world_size: int, name: str = "vt_world_size") -> None:
-    """Raise ConfigurationError unless ``vt_world_size`` is a positive int."""
-    if isinstance(vt_world_size, bool) or not isinstance(vt_world_size, int) or vt_world_size < 1:
-        raise ConfigurationError(
-            f"{name} must be a positive int, but got {vt_world_size!r}; "
-            "give the number of GPUs to stand for, for example 8."
-        )
-
-
-def check_partition(partition: str) -> None:
-    """Raise ConfigurationError unless ``partition`` is a known word."""
-    if partition not in PARTITIONS:
-        raise ConfigurationError(
-            f"partition must be one of {', '.join(map(repr, PARTITIONS))}, but got {partition!r}; "
-            "use 'interleaved' for batches in DistributedSampler's order, else 'contiguous'."
-        )
-
-
-def _check_numbers(
-    momentum: float | None, eps: float, running_mean: Tensor | None, counter: Tensor | None
-) -> None:
-    if eps <= 0:
-        raise ConfigurationError(
-            f"batch_norm eps must be positive during training, but got {eps}; "
-            "use a small positive number, for example 1e-5."
-        )
-    if momentum is None and running_mean is not None and counter is None:
-        raise ConfigurationError(
-            "momentum=None (cumulative average) needs num_batches_tracked, but got None; "
-            "pass the counters or give a momentum such as 0.1."
-        )
-
-
-def _check_shapes(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    vt_world_size: int,
-) -> None:
-    if input.dim() < 2:
-        raise InputError(
-            f"expected an input of at least 2 dimensions [N, C, ...], but got {input.dim()}; "
-            "add the batch dimension."
-        )
-    channels = input.shape[1]
-    for name, tensor, shape in (
-        ("running_mean", running_mean, (vt_world_size, channels)),
-        ("running_var", running_var, (vt_world_size, channels)),
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise InputError(
-                f"expected {name} of shape {shape} for an input with {channels} channels, "
-                f"but got {tuple(tensor.shape)}; check the channels (dimension 1) of the input, "
-                f"which has shape {tuple(input.shape)}."
-            )
-
-
-def _check_values(input: Tensor, vt_world_size: int) -> None:
-    """Refuse a share with one value per channel: it has no variance."""
-    samples = input.shape[0]
-    if input.shape[2:].numel() != 1 or samples == 0 or samples >= 2 * vt_world_size:
-        return
-    rank = share_sizes(samples, vt_world_size).index(1)
-    raise InputError(
-        "expected more than 1 value per channel on every virtual rank when training, but got a "
-        f"batch of N={samples} over V={vt_world_size} ranks, so that rank {rank} has one sample "
-        f"of one position (input size {tuple(input.shape)}); give at least {2 * vt_world_size} "
-        "samples, lower vt_world_size, or drop the last incomplete batch."
-    )

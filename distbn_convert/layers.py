@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -9,13 +10,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import InputError, StateDictError
-from .functional import check_partition, check_vt_world_size, dist_batch_norm
+from .checks import check_partition, check_vt_world_size
+from .errors import ConfigurationError, InputError, StateDictError
+from .functional import dist_batch_norm
 from .replicas import check_reduction, reduce_statistics, replicate
 
 __all__ = ["DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d", "DistBatchNormMixin"]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a layer with virtual ranks has beside BatchNorm's options; checked when it is made.
+
+    Attributes and errors: see :class:`DistBatchNorm2d`.
+    """
+
+    vt_world_size: int
+    partition: str = "contiguous"
+    eval_reduction: str = "mean"
+    eval_rank: int = 0
+    accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_vt_world_size(self.vt_world_size)
+        check_vt_world_size(self.accumulation_steps, "accumulation_steps")
+        check_partition(self.partition)
+        check_reduction(self.eval_reduction, self.eval_rank, self.num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        """Rows of the statistics: ``vt_world_size * accumulation_steps``."""
+        return self.vt_world_size * self.accumulation_steps
+
+    def apply_to(self, module: nn.Module) -> None:
+        """Make them attributes of a module."""
+        for name, value in vars(self).items():
+            setattr(module, name, value)
 
 
 class DistBatchNormMixin(_BatchNorm):
@@ -50,15 +82,13 @@ class DistBatchNormMixin(_BatchNorm):
         eval_rank: int = 0,
         accumulation_steps: int = 1,
     ) -> None:
-        check_rank_settings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
+        settings = RankSettings(
+            vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps
+        )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.vt_world_size = vt_world_size
-        self.partition = partition
-        self.eval_reduction = eval_reduction
-        self.eval_rank = eval_rank
-        self.accumulation_steps = accumulation_steps
+        settings.apply_to(self)
         for name in STATISTICS:
             statistic = getattr(self, name)
             if statistic is not None:
@@ -87,20 +117,24 @@ class DistBatchNormMixin(_BatchNorm):
         )
 
     def _normalize_ranks(self, input: Tensor) -> Tensor:
-        statistics = [getattr(self, name) for name in STATISTICS]
-        if not self.track_running_stats or statistics[0] is None:
+        mean, var, counts = (getattr(self, name) for name in STATISTICS)
+        if not self.track_running_stats or mean is None:
             return self._dist_batch_norm(input, None, None, None)
         if self.accumulation_steps == 1:
-            return self._dist_batch_norm(input, *statistics)
+            return self._dist_batch_norm(input, mean, var, counts)
+        if counts is None or counts.shape != (self.num_ranks,):
+            raise ConfigurationError(
+                f"accumulation_steps={self.accumulation_steps} needs num_batches_tracked of shape "
+                f"({self.num_ranks},), but got {None if counts is None else tuple(counts.shape)}; "
+                "set it when you convert the model."
+            )
         # The next V rows are those that have seen the fewest batches, so that the counters,
         # which are saved with the model, are the only record of the micro-step.
-        counts = self.num_batches_tracked
-        assert isinstance(counts, Tensor)
         block = counts[:: self.vt_world_size].argmin()
         rows = block * self.vt_world_size + torch.arange(self.vt_world_size, device=counts.device)
-        parts = [statistic.index_select(0, rows) for statistic in statistics]
+        parts = [statistic.index_select(0, rows) for statistic in (mean, var, counts)]
         output = self._dist_batch_norm(input, *parts)
-        for statistic, part in zip(statistics, parts, strict=True):
+        for statistic, part in zip((mean, var, counts), parts, strict=True):
             statistic.index_copy_(0, rows, part)
         return output
 
@@ -174,20 +208,6 @@ class DistBatchNormMixin(_BatchNorm):
                 )
 
 
-def check_rank_settings(
-    vt_world_size: int,
-    partition: str,
-    eval_reduction: str,
-    eval_rank: int,
-    accumulation_steps: int,
-) -> None:
-    """Raise ConfigurationError unless a layer can have these settings."""
-    check_vt_world_size(vt_world_size)
-    check_vt_world_size(accumulation_steps, "accumulation_steps")
-    check_partition(partition)
-    check_reduction(eval_reduction, eval_rank, vt_world_size * accumulation_steps)
-
-
 class DistBatchNorm1d(DistBatchNormMixin, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` with virtual ranks; see :class:`DistBatchNorm2d`.
 
@@ -238,7 +258,8 @@ class DistBatchNorm2d(DistBatchNormMixin, nn.BatchNorm2d):
 
     Raises:
         ConfigurationError: a setting has a value that is not allowed.
-        InputError: wrong dimensions or channels, or one value per channel on a rank in training.
+        InputError: wrong dimensions, channels, dtype or device, or one value per channel on a rank
+            in training.
         StateDictError: a state dict with another number of ranks is loaded.
 
     Note:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,22 +11,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import ConfigurationError, ConversionError, UnsupportedModuleError
-from .layers import STATISTICS, DistBatchNormMixin, check_rank_settings
+from .layers import STATISTICS, DistBatchNormMixin, RankSettings
 from .registry import dist_class_of
 
 __all__ = ["ConversionPlan", "FilterFn", "PlanEntry", "plan_conversion", "walk"]
 
 FilterFn = Callable[[nn.Module, str], bool]
-Action = Literal["convert", "keep", "refuse"]
+Action = Literal["convert", "already", "frozen", "filtered", "skip", "refuse"]
 
-# Wrappers hold references to the tensors that a conversion replaces. By name, so that no wrapper's
-# package is imported: class name -> what to do instead.
+# Wrappers hold on to the classes and tensors that a conversion replaces. By name, so that no
+# wrapper's package is imported: name -> what to do instead.
 _WRAPPERS = {
     "DistributedDataParallel": "convert its .module before wrapping it",
     "DataParallel": "convert its .module, and wrap that",
     "FullyShardedDataParallel": "convert the model before wrapping it",
     "FSDPModule": "convert the model before fully_shard",
     "OptimizedModule": "convert the model before torch.compile",
+    "Module.compile()": "convert the model before compiling it",
 }
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torch.nn.qat.")
 
@@ -39,7 +40,8 @@ class PlanEntry:
         fqn: the module's name in the model, ``""`` for the root.
         aliases: its other names, if it is reachable by several.
         module: the module itself.
-        action: ``"convert"``, ``"keep"`` (left as it is) or ``"refuse"`` (an error).
+        action: ``"convert"``; ``"refuse"`` (an error); or left as it is: ``"already"`` converted,
+            ``"frozen"``, ``"filtered"`` by filter_fn, ``"skip"`` (unsupported).
         target: the class it becomes; None unless the action is ``"convert"``.
         reason: why, in a sentence.
     """
@@ -54,47 +56,20 @@ class PlanEntry:
     def __str__(self) -> str:
         names = ", ".join(repr(name) for name in (self.fqn, *self.aliases))
         target = f" -> {self.target.__name__}" if self.target else ""
-        return f"{self.action:8}{names} {type(self.module).__name__}{target}: {self.reason}"
+        return f"{self.action:9}{names} {type(self.module).__name__}{target}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class ConversionPlan(Sequence[PlanEntry]):
+class ConversionPlan(tuple[PlanEntry, ...]):
     """The entries of a plan, one for each module that matters; ``print`` shows them as lines."""
 
-    entries: tuple[PlanEntry, ...]
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return self.entries[index]
-
-    def __len__(self) -> int:
-        return len(self.entries)
+    __slots__ = ()
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.entries))
+        return "\n".join(map(str, self))
 
-    def of(self, action: Action) -> list[PlanEntry]:
-        """Return the entries with that action."""
-        return [entry for entry in self.entries if entry.action == action]
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """The settings that a converted layer gets."""
-
-    vt_world_size: int
-    partition: str = "contiguous"
-    eval_reduction: str = "mean"
-    eval_rank: int = 0
-    accumulation_steps: int = 1
-
-    def __post_init__(self) -> None:
-        check_rank_settings(
-            self.vt_world_size,
-            self.partition,
-            self.eval_reduction,
-            self.eval_rank,
-            self.accumulation_steps,
-        )
+    def of(self, *actions: Action) -> list[PlanEntry]:
+        """Return the entries with one of these actions."""
+        return [entry for entry in self if entry.action in actions]
 
 
 def plan_conversion(
@@ -121,8 +96,8 @@ def plan_conversion(
         unsupported: as there. Default: ``"raise"``
 
     Returns:
-        ConversionPlan: one entry for each BatchNorm and each module that cannot be converted,
-        with the action ``"convert"``, ``"keep"`` or ``"refuse"`` and the reason.
+        ConversionPlan: a tuple with one PlanEntry for each BatchNorm and each module that cannot
+        be converted: its names, what becomes of it, and why.
 
     Raises:
         ConfigurationError: an argument is outside its allowed values.
@@ -131,7 +106,7 @@ def plan_conversion(
     Example::
 
         >>> print(plan_conversion(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), 4))
-        convert '1' BatchNorm2d -> DistBatchNorm2d: 4 virtual ranks
+        convert  '1' BatchNorm2d -> DistBatchNorm2d: 4 virtual ranks
     """
     settings = RankSettings(vt_world_size, partition, eval_reduction, eval_rank, accumulation_steps)
     if unsupported not in ("raise", "skip"):
@@ -139,48 +114,51 @@ def plan_conversion(
             f"unsupported must be 'raise' or 'skip', but got {unsupported!r}; "
             "'skip' leaves unknown layers alone with a warning."
         )
+    if filter_fn is not None and not callable(filter_fn):
+        raise ConfigurationError(
+            f"filter_fn must be a function of (module, fqn), but got {filter_fn!r}; "
+            "pass for example lambda module, fqn: fqn.startswith('backbone')."
+        )
     entries = []
     for module, names in walk(model):
         verdict = _judge(module, settings)
         if verdict is None:
             continue
         action, target, reason = verdict
-        if isinstance(module, _BatchNorm) and not accepts(filter_fn, module, names):
-            action, target, reason = "keep", None, "filter_fn leaves it out"
-        elif action == "refuse" and unsupported == "skip" and wrapper_advice(module) is None:
-            action, reason = "keep", f"unsupported: {reason}"
+        if action != "frozen" and wrapper_of(module) is None:
+            if not accepts(filter_fn, module, names):
+                action, target, reason = "filtered", None, "filter_fn leaves it out"
+            elif action == "refuse" and unsupported == "skip":
+                action = "skip"
         entries.append(PlanEntry(names[0], tuple(names[1:]), module, action, target, reason))
-    return ConversionPlan(tuple(entries))
+    return ConversionPlan(entries)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Yield each module once with its names, the first that torch would give it in front.
+def walk(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Return each module once, with all its names in the order of ``named_modules``.
 
-    A module that is reached by several (parent, name) edges has a name for each. What lies
-    inside a module that must be taken whole (quantised, scripted) is not visited.
+    What lies inside a module that must be taken whole (quantised, scripted) is left out.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModuleError(
             f"expected an nn.Module, but got {type(model).__name__}; pass the model itself "
             "(for a checkpoint's state dict, load it into the model first)."
         )
-    names: dict[int, list[str]] = {id(model): [""]}
-    modules: dict[int, nn.Module] = {}
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) in modules:
-            continue
-        modules[id(module)] = module
-        if _is_opaque(module):
-            continue
-        prefix = names[id(module)][0]
-        children = [(name, child) for name, child in module._modules.items() if child is not None]
-        for name, child in children:
-            names.setdefault(id(child), []).append(f"{prefix}.{name}" if prefix else name)
-        stack.extend(child for _, child in reversed(children))
-    for key, module in modules.items():
-        yield module, names[key]
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in _paths(model, "", frozenset()):
+        found.setdefault(id(module), (module, []))[1].append(name)
+    return list(found.values())
+
+
+def _paths(module: nn.Module, name: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every path to every module; a module inside itself ends the path."""
+    yield name, module
+    if _is_opaque(module):
+        return
+    above |= {id(module)}
+    for child_name, child in module._modules.items():
+        if child is not None and id(child) not in above:
+            yield from _paths(child, f"{name}.{child_name}" if name else child_name, above)
 
 
 def accepts(filter_fn: FilterFn | None, module: nn.Module, names: list[str]) -> bool:
@@ -198,14 +176,12 @@ def accepts(filter_fn: FilterFn | None, module: nn.Module, names: list[str]) -> 
     return answers[names[0]]
 
 
-def wrapper_advice(module: nn.Module) -> str | None:
-    """Return what to do about a wrapper or a compiled module, None for any other module."""
+def wrapper_of(module: nn.Module) -> str | None:
+    """Return the name of the wrapper that a module is, None for any other module."""
     for base in type(module).__mro__:
         if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-            return f"{base.__name__} holds on to the tensors inside; {_WRAPPERS[base.__name__]}"
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return "it was compiled by Module.compile(); convert the model before compiling it"
-    return None
+            return base.__name__
+    return "Module.compile()" if getattr(module, "_compiled_call_impl", None) is not None else None
 
 
 def _is_opaque(module: nn.Module) -> bool:
@@ -218,22 +194,23 @@ def _judge(
     module: nn.Module, settings: RankSettings
 ) -> tuple[Action, type[DistBatchNormMixin] | None, str] | None:
     """Decide about one module; None if it has nothing to do with batch norm."""
-    advice = wrapper_advice(module)
-    if advice is not None:
-        return "refuse", None, advice
+    wrapper = wrapper_of(module)
+    if wrapper is not None:
+        if not any(isinstance(child, _BatchNorm) for child in module.modules()):
+            return None
+        return "refuse", None, f"wrapped by {wrapper}; {_WRAPPERS[wrapper]}"
     if _is_opaque(module):
         return _judge_opaque(module)
     if isinstance(module, DistBatchNormMixin):
         return _judge_converted(module, settings)
     if not isinstance(module, _BatchNorm):
         if "FrozenBatchNorm" in type(module).__name__:
-            return "keep", None, "frozen: it never uses batch statistics, so ranks change nothing"
+            return "frozen", None, "it never uses batch statistics, so ranks change nothing"
         return None
     reason = _why_unsupported(module)
     if reason is not None:
         return "refuse", None, reason
-    ranks = settings.vt_world_size * settings.accumulation_steps
-    return "convert", dist_class_of(type(module)), f"{ranks} virtual ranks"
+    return "convert", dist_class_of(type(module)), f"{settings.num_ranks} virtual ranks"
 
 
 def _judge_opaque(module: nn.Module) -> tuple[Action, None, str] | None:
@@ -258,7 +235,7 @@ def _judge_converted(
                 f"it already has virtual ranks, with {name}={has!r} where {wanted!r} was asked for;"
                 " call revert_model first",
             )
-    return "keep", None, f"already has {module.num_ranks} virtual ranks"
+    return "already", None, f"it has these {module.num_ranks} virtual ranks"
 
 
 def _why_unsupported(module: _BatchNorm) -> str | None:

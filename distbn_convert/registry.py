@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 
@@ -14,6 +15,13 @@ __all__ = ["dist_class_of", "plain_class_of", "register_pair"]
 
 _DIST_OF: dict[type[nn.Module], type[DistBatchNormMixin]] = {}
 _PLAIN_OF: dict[type[nn.Module], type[nn.Module]] = {}
+
+_DIMENSIONS: dict[type[nn.Module], type[DistBatchNormMixin]] = {
+    nn.BatchNorm1d: DistBatchNorm1d,
+    nn.BatchNorm2d: DistBatchNorm2d,
+    nn.BatchNorm3d: DistBatchNorm3d,
+}
+_TORCH_FORWARDS = {cls.forward for cls in _DIMENSIONS}
 
 # Pairs for classes of other packages, loaded when the user has imported that package.
 _INTEGRATIONS = {"timm": "distbn_convert.integrations.timm"}
@@ -41,22 +49,35 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
         ...     pass
         >>> register_pair(BatchNormReLU, DistBatchNormReLU)
     """
-    if not (isinstance(plain, type) and issubclass(plain, nn.modules.batchnorm._BatchNorm)):
+    if not (isinstance(plain, type) and issubclass(plain, tuple(_DIMENSIONS))):
         raise RegistryError(
             f"plain must be a subclass of BatchNorm1d, 2d or 3d, but got {plain!r}; "
             "give the class itself."
         )
-    fits = isinstance(dist, type) and issubclass(dist, plain)
-    if not (fits and issubclass(dist, DistBatchNormMixin)):
+    base = next(dist for torchs, dist in _DIMENSIONS.items() if issubclass(plain, torchs))
+    advice = f"write class Dist{plain.__name__}({plain.__name__}, {base.__name__}): ..."
+    if not (isinstance(dist, type) and issubclass(dist, plain) and issubclass(dist, base)):
         raise RegistryError(
-            f"dist must derive from {plain.__name__} and from DistBatchNorm1d, 2d or 3d, but got "
-            f"{dist!r}; write class Dist{plain.__name__}({plain.__name__}, DistBatchNorm2d): ..."
+            f"dist must derive from {plain.__name__} and from {base.__name__}, but got {dist!r}; "
+            f"{advice}"
+        )
+    if plain.forward not in _TORCH_FORWARDS and dist.forward is DistBatchNormMixin.forward:
+        raise RegistryError(
+            f"{dist.__name__} must keep the forward of {plain.__name__}, but its bases put batch "
+            f"norm's in front; {advice}"
         )
     if plain in _DIST_OF or dist in _PLAIN_OF or issubclass(plain, DistBatchNormMixin):
         raise RegistryError(
             f"expected classes that are in no pair yet, but {plain.__name__} or {dist.__name__} "
             "already is; register each class once."
         )
+    try:
+        object.__setattr__(plain.__new__(plain), "__class__", dist)
+    except TypeError as error:
+        raise RegistryError(
+            f"a {plain.__name__} must be able to become a {dist.__name__}, but {error}; "
+            "use no __slots__."
+        ) from error
     _DIST_OF[plain] = dist
     _PLAIN_OF[dist] = plain
 
@@ -74,11 +95,14 @@ def plain_class_of(dist: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _load_integrations() -> None:
-    for package, integration in _INTEGRATIONS.items():
-        if package in sys.modules and integration not in sys.modules:
-            importlib.import_module(integration)
+    for package, integration in list(_INTEGRATIONS.items()):
+        if package in sys.modules:
+            del _INTEGRATIONS[package]
+            # A version without the class that the integration knows has nothing to register;
+            # whatever it has instead is an unknown subclass, refused by name.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(integration)
 
 
-register_pair(nn.BatchNorm1d, DistBatchNorm1d)
-register_pair(nn.BatchNorm2d, DistBatchNorm2d)
-register_pair(nn.BatchNorm3d, DistBatchNorm3d)
+for _plain, _dist in _DIMENSIONS.items():
+    register_pair(_plain, _dist)

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"kernels"},
+    {"checks"},
     {"functional"},
     {"replicas"},
     {"layers"},

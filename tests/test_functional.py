@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, vmap
+from torch.func import grad, hessian, jvp, vmap
 
 from distbn_convert.errors import ConfigurationError, InputError
 from distbn_convert.functional import dist_batch_norm
@@ -186,7 +186,7 @@ def test_gradcheck_and_gradgradcheck(samples: int, partition: str) -> None:
             input, None, None, weight, bias, vt_world_size=3, partition=partition
         )
 
-    assert gradcheck(function, (input, weight, bias))
+    assert gradcheck(function, (input, weight, bias), check_forward_ad=True)
     assert gradgradcheck(function, (input, weight, bias))
 
 
@@ -217,6 +217,25 @@ def test_func_grad_and_its_own_gradient_equal_autograd() -> None:
     torch.testing.assert_close(grad(lambda x: grad(loss)(x).sin().sum())(detached), second)
 
 
+def test_func_forward_mode_and_hessian_equal_those_of_plain_operations() -> None:
+    input, weight, bias, *_ = (case.detach() for case in make_case((6, 2, 3), 3))
+
+    def ours(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return dist_batch_norm(input, None, None, weight, bias, vt_world_size=3).sin().sum()
+
+    # Not the loop of F.batch_norm: torch's own second derivative of weight and input is wrong here.
+    def plain(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        shares = input.reshape(3, 2, 2, 3)
+        var, mean = torch.var_mean(shares, (1, 3), correction=0, keepdim=True)
+        normalized = (shares - mean) / (var + 1e-5).sqrt()
+        return (normalized * weight[:, None] + bias[:, None]).sin().sum()
+
+    point = (input, weight, bias)
+    tangents = tuple(torch.randn_like(value) for value in point)
+    torch.testing.assert_close(jvp(ours, point, tangents), jvp(plain, point, tangents))
+    torch.testing.assert_close(hessian(ours, (0, 1, 2))(*point), hessian(plain, (0, 1, 2))(*point))
+
+
 def test_vmap_equals_a_loop_and_updates_each_models_rows() -> None:
     inputs = torch.randn(3, 6, 4, 5)
     means, variances = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
@@ -235,6 +254,16 @@ def test_vmap_equals_a_loop_and_updates_each_models_rows() -> None:
     torch.testing.assert_close(means, means_2)
     torch.testing.assert_close(variances, variances_2)
     assert counts.tolist() == [[1, 1]] * 3
+
+
+def test_vmap_over_weights_alone_updates_shared_rows_once() -> None:
+    input, weights = torch.randn(8, 4), torch.rand(3, 4)
+    rows = [torch.zeros(2, 4), torch.ones(2, 4)]
+    once = [row.clone() for row in rows]
+    expected = dist_batch_norm(input, *once, vt_world_size=2)
+    output = vmap(lambda w: dist_batch_norm(input, *rows, w, vt_world_size=2))(weights)
+    torch.testing.assert_close(output, expected * weights[:, None])
+    torch.testing.assert_close(rows, once)
 
 
 def test_vmap_refuses_to_write_rows_that_are_not_batched() -> None:
@@ -281,6 +310,11 @@ def test_two_values_per_channel_are_enough() -> None:
             {"momentum": None, "running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)},
             "needs num_batches_tracked",
         ),
+        (
+            {"running_mean": torch.zeros(2, 3)},
+            "both be given or both be None, .* running_mean",
+        ),
+        ({"momentum": "0.1"}, "momentum must be a number or None, but got '0.1'"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict[str, Any], match: str) -> None:
@@ -295,9 +329,17 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], match: str) -> None
         ({"weight": torch.ones(4)}, r"expected weight of shape \(3,\)"),
         ({"bias": torch.ones(4)}, r"expected bias of shape \(3,\)"),
         ({"running_mean": torch.zeros(3)}, r"expected running_mean of shape \(2, 3\)"),
-        ({"running_var": torch.zeros(4, 3)}, r"expected running_var of shape \(2, 3\)"),
+        ({"running_var": torch.zeros(4, 3)}, r"expected running_var of shape .* over 2 virtual r"),
+        ({"num_batches_tracked": torch.zeros(4)}, r"expected num_batches_tracked of shape \(2,\)"),
+        ({"input": torch.ones(8, 3, dtype=torch.long)}, "of float16, .* but got torch.int64; conv"),
+        ({"input": torch.randn(8, 3, dtype=torch.cfloat)}, "but got torch.complex64"),
+        ({"weight": torch.ones(3).double()}, "weight of torch.float32 for .* got torch.float64"),
+        ({"bias": torch.ones(3).half()}, "bias of torch.float32 for an input of torch.float32"),
+        ({"input": torch.randn(8, 3).double()}, "running_mean of torch.float64 .* torch.float32"),
+        ({"running_var": torch.ones(2, 3, device="meta")}, "running_var on cpu .* it is on meta"),
     ],
 )
-def test_wrong_shapes_are_refused(arguments: dict[str, Any], match: str) -> None:
+def test_wrong_shapes_dtypes_and_devices_are_refused(arguments: dict[str, Any], match: str) -> None:
+    rows = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
     with pytest.raises(InputError, match=match):
-        dist_batch_norm(**{"input": torch.randn(8, 3), "vt_world_size": 2, **arguments})
+        dist_batch_norm(**{"input": torch.randn(8, 3), "vt_world_size": 2, **rows, **arguments})

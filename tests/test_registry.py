@@ -39,6 +39,18 @@ class Unrelated(DistBatchNorm2d):
     pass
 
 
+class WrongOrder(DistBatchNorm2d, BatchNormReLU):
+    """Its forward is batch norm's: the activation would be lost."""
+
+
+class Flat(nn.BatchNorm1d):
+    pass
+
+
+class FlatTo2d(Flat, DistBatchNorm2d):
+    pass
+
+
 @pytest.mark.parametrize(
     ("plain", "dist", "match"),
     [
@@ -46,6 +58,9 @@ class Unrelated(DistBatchNorm2d):
         (nn.BatchNorm2d(3), DistBatchNorm2d, "give the class itself"),
         (BatchNormReLU, Unrelated, "dist must derive from BatchNormReLU"),
         (BatchNormReLU, BatchNormReLU, "dist must derive from BatchNormReLU and from Dist"),
+        (BatchNormReLU, WrongOrder, r"must keep the forward of BatchNormReLU, .* write class Dist"),
+        (Flat, FlatTo2d, "from Flat and from DistBatchNorm1d"),
+        (nn.SyncBatchNorm, Unrelated, "plain must be a subclass of BatchNorm1d, 2d or 3d"),
         (nn.BatchNorm2d, Unrelated, "in no pair yet, but BatchNorm2d or Unrelated already is"),
         (BatchNormReLU, DistBatchNormReLU, "register each class once"),
     ],
@@ -53,3 +68,14 @@ class Unrelated(DistBatchNorm2d):
 def test_pairs_that_do_not_fit_are_refused(plain: Any, dist: Any, match: str) -> None:
     with pytest.raises(RegistryError, match=match):
         register_pair(plain, dist)
+
+
+def test_class_that_a_module_cannot_become_is_refused() -> None:
+    class Other(BatchNormReLU):
+        pass
+
+    class DistOther(Other, DistBatchNorm2d):
+        __slots__ = ("more",)
+
+    with pytest.raises(RegistryError, match="an? Other must be able to become a DistOther, but"):
+        register_pair(Other, DistOther)

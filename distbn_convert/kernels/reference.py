@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .partition import gather_ranks, scatter_ranks
 
-__all__ = ["accumulate_dtype", "backward", "forward", "gradients", "statistics", "supports"]
+__all__ = [
+    "accumulate_dtype",
+    "backward",
+    "forward",
+    "gradients",
+    "normalize",
+    "statistics",
+    "supports",
+]
 
 
 def supports(input: Tensor) -> bool:
@@ -77,6 +85,11 @@ def statistics(input: Tensor, vt_world_size: int, interleaved: bool) -> tuple[Te
     deviation = mean_n - scatter_ranks(mean, input.shape[0], interleaved)
     var = gather_ranks(var_n + deviation * deviation, vt_world_size, interleaved).sum(1) / counts
     return mean, var
+
+
+def normalize(input: Tensor, mean: Tensor, rstd: Tensor, interleaved: bool) -> Tensor:
+    """Return ``(input - mean) * rstd``, each sample with its rank's; differentiable."""
+    return (input - _spread(mean, input, interleaved)) * _spread(rstd, input, interleaved)
 
 
 def forward(
@@ -178,7 +191,7 @@ def gradients(
     """Compute :func:`backward` in the accumulation dtype, itself differentiable."""
     dy, x = grad_output.to(mean.dtype), input.to(mean.dtype)
     values = _share_counts(input, vt_world_size, mean.dtype) * input.shape[2:].numel()
-    normalized = (x - _spread(mean, x, interleaved)) * _spread(rstd, x, interleaved)
+    normalized = normalize(x, mean, rstd, interleaved)
     sum_dy = gather_ranks(_sum_positions(dy), vt_world_size, interleaved).sum(1)
     sum_dy_x = gather_ranks(_sum_positions(dy * normalized), vt_world_size, interleaved).sum(1)
     scale = rstd if weight is None else rstd * weight.to(mean.dtype)

@@ -1,0 +1,131 @@
+"""What the operation refuses, before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError, InputError
+from .kernels.partition import PARTITIONS, share_sizes
+
+__all__ = [
+    "check_numbers",
+    "check_partition",
+    "check_statistics",
+    "check_tensors",
+    "check_values",
+    "check_vt_world_size",
+]
+
+# Dtype of the input -> those of weight, bias and running statistics, as torch's batch norm has it.
+_COMPANION_DTYPES = {
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
+
+
+def check_vt_world_size(vt_world_size: int, name: str = "vt_world_size") -> None:
+    """Raise ConfigurationError unless ``vt_world_size`` is a positive int."""
+    if isinstance(vt_world_size, bool) or not isinstance(vt_world_size, int) or vt_world_size < 1:
+        raise ConfigurationError(
+            f"{name} must be a positive int, but got {vt_world_size!r}; "
+            "give the number of GPUs to stand for, for example 8."
+        )
+
+
+def check_partition(partition: str) -> None:
+    """Raise ConfigurationError unless ``partition`` is a known word."""
+    if partition not in PARTITIONS:
+        raise ConfigurationError(
+            f"partition must be one of {', '.join(map(repr, PARTITIONS))}, but got {partition!r}; "
+            "use 'interleaved' for batches in DistributedSampler's order, else 'contiguous'."
+        )
+
+
+def check_numbers(momentum: float | None, eps: float) -> None:
+    """Raise ConfigurationError unless the layer can train with these numbers."""
+    if eps <= 0:
+        raise ConfigurationError(
+            f"batch_norm eps must be positive during training, but got {eps}; "
+            "use a small positive number, for example 1e-5."
+        )
+    if momentum is not None and not isinstance(momentum, (int, float)):
+        raise ConfigurationError(
+            f"momentum must be a number or None, but got {momentum!r}; use for example 0.1."
+        )
+
+
+def check_statistics(
+    momentum: float | None, mean: Tensor | None, var: Tensor | None, count: Tensor | None
+) -> None:
+    """Raise ConfigurationError unless the running statistics are complete."""
+    if (mean is None) != (var is None):
+        given = "running_mean" if var is None else "running_var"
+        raise ConfigurationError(
+            f"running_mean and running_var must both be given or both be None, but got {given} "
+            "alone; pass the other one too."
+        )
+    if momentum is None and mean is not None and count is None:
+        raise ConfigurationError(
+            "momentum=None (cumulative average) needs num_batches_tracked, but got None; "
+            "pass the counters or give a momentum such as 0.1."
+        )
+
+
+def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) -> None:
+    """Refuse an input or a companion of it with a wrong shape, dtype or device."""
+    if input.dim() < 2:
+        raise InputError(
+            f"expected an input of at least 2 dimensions [N, C, ...], but got {input.dim()}; "
+            "add the batch dimension."
+        )
+    if input.dtype not in _COMPANION_DTYPES:
+        raise InputError(
+            f"expected an input of float16, bfloat16, float32 or float64, but got {input.dtype}; "
+            "convert it, for example with .float()."
+        )
+    channels = input.shape[1]
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        shape = (channels,) if name in ("weight", "bias") else (vt_world_size, channels)
+        if name == "num_batches_tracked":
+            shape = (vt_world_size,)
+        elif tensor.dtype not in _COMPANION_DTYPES[input.dtype]:
+            raise InputError(
+                f"expected {name} of {_either(_COMPANION_DTYPES[input.dtype])} for an input of "
+                f"{input.dtype}, but got {tensor.dtype}; convert the input or the layer."
+            )
+        if tensor.shape != shape:
+            raise InputError(
+                f"expected {name} of shape {shape} for an input with {channels} channels over "
+                f"{vt_world_size} virtual ranks, but got {tuple(tensor.shape)}; check the channels "
+                f"(dimension 1) of the input, which has shape {tuple(input.shape)}, and the ranks."
+            )
+        if tensor.device != input.device:
+            raise InputError(
+                f"expected {name} on {input.device} like the input, but it is on {tensor.device}; "
+                "move one of them."
+            )
+
+
+def check_values(input: Tensor, vt_world_size: int) -> None:
+    """Refuse a share with one value per channel: it has no variance."""
+    samples = input.shape[0]
+    if input.shape[2:].numel() != 1 or samples == 0 or samples >= 2 * vt_world_size:
+        return
+    rank = share_sizes(samples, vt_world_size).index(1)
+    raise InputError(
+        "expected more than 1 value per channel on every virtual rank when training, but got a "
+        f"batch of N={samples} over V={vt_world_size} ranks, so that rank {rank} has one sample "
+        f"of one position (input size {tuple(input.shape)}); give at least {2 * vt_world_size} "
+        "samples, lower vt_world_size, or drop the last incomplete batch."
+    )
+
+
+def _either(values: Iterable[object]) -> str:
+    return " or ".join(map(str, values))
