@@ -1,0 +1,1 @@
+"""Convert checkpoints to virtual ranks and back, without model code."""
