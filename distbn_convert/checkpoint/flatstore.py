@@ -1,0 +1,136 @@
+"""A safetensors file as a store: read by its header, rewritten as a stream."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import VerificationError
+from .atomic import atomic_output
+from .groups import Group, TensorSpec
+from .header import Header, TensorInfo, read_header
+from .safetensors import read_bytes, read_tensor, rewrite
+from .stores import Mappings, WriteOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .edit import Replacements
+
+__all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
+
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
+_CHUNK = 1 << 24  # bytes
+
+
+class FlatStore:
+    """One safetensors file."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self.tensors = len(self.header.tensors)
+        self.warnings: list[str] = []
+        self.opaque_globals: list[str] = []
+
+    def mappings(self) -> Mappings:
+        """Describe the file's only mapping."""
+        yield (), specs_of_header(self.header)
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor."""
+        return read_tensor(self.path, self.header, key)
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers."""
+        values = numbers(self.path, self.header, key)
+        width = group.channels
+        return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group."""
+        return int(max(numbers(self.path, self.header, group.keys[2]))) if group.counted else None
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Copy the file with the replacements."""
+        new = {key: tensor for (_, key), tensor in replacements.items()}
+        expected = self.header.size + sum(tensor.nbytes for tensor in new.values())
+        with atomic_output(
+            dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
+        ) as stream:
+            written = rewrite(self.path, stream, self.header, new, progress=options.progress)
+            stream.flush()
+            if options.verify:
+                check_rewritten(self.path, self.header, Path(stream.name), written, new, dst)
+            options.before_publish()
+
+
+def specs_of_header(header: Header) -> dict[str, TensorSpec]:
+    """Describe the tensors of a file as the recognition wants them."""
+    return {name: _spec(info) for name, info in header.tensors.items()}
+
+
+def _spec(info: TensorInfo) -> TensorSpec:
+    return TensorSpec(
+        dtype=_FLOATS.get(info.dtype, info.dtype),
+        shape=info.shape,
+        floating=info.dtype in _FLOATS,
+    )
+
+
+def numbers(path: Path, header: Header, name: str) -> list[float]:
+    """Return the numbers of one tensor; imports no torch."""
+    data, dtype = read_bytes(path, header, name), header.tensors[name].dtype
+    if dtype == "BF16":  # the upper half of a float32
+        halves = struct.unpack(f"<{len(data) // 2}H", data)
+        data = bytearray(struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves)))
+        dtype = "F32"
+    code = _CODES[dtype]
+    return list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
+
+
+def check_rewritten(
+    src: Path,
+    old: Header,
+    written: Path,
+    meant: Header,
+    replacements: dict[str, Tensor],
+    dst: Path,
+) -> None:
+    """Read a rewritten file back: the replacements are in it, all else is as it was.
+
+    Raises:
+        VerificationError: it is not.
+    """
+    new = read_header(written)
+    same_header = list(new.tensors.values()) == list(meant.tensors.values())
+    if not same_header or list(new.tensors) != list(old.tensors) or new.metadata != old.metadata:
+        raise _failure(dst, "its header")
+    with open(src, "rb") as source, open(written, "rb") as copy:
+        for name, info in new.tensors.items():
+            if name in replacements:
+                if not _holds(written, new, name, replacements[name]):
+                    raise _failure(dst, name)
+                continue
+            source.seek(old.start + old.tensors[name].start)
+            copy.seek(new.start + info.start)
+            for start in range(0, info.nbytes, _CHUNK):
+                size = min(_CHUNK, info.nbytes - start)
+                if source.read(size) != copy.read(size):
+                    raise _failure(dst, name)
+
+
+def _holds(path: Path, header: Header, name: str, tensor: Tensor) -> bool:
+    from .compare import same_bits
+
+    return same_bits(read_tensor(path, header, name), tensor.detach())
+
+
+def _failure(dst: Path, what: str) -> VerificationError:
+    return VerificationError(
+        f"{dst} was read back and differs at {what}. It was removed; please report this."
+    )
