@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from .places import (
     same_file,
     stat_or_none,
     sync_folder,
+    take_over,
 )
 from .rename import rename_to_free_name
 
@@ -138,7 +138,7 @@ class _Output:
                 raise self.raw.failure
             existing = stat_or_none(self.target) if self.overwrite else None
             if existing is not None:
-                _take_over(self.raw.fileno(), existing)
+                take_over(self.raw.fileno(), existing)
             if fsync:
                 os.fsync(self.raw.fileno())
             if not self.named and self._link_unnamed():
@@ -211,11 +211,3 @@ class _Output:
         finally:
             os.close(folder)
         return True
-
-
-def _take_over(descriptor: int, existing: os.stat_result) -> None:
-    """Give the new file the owner and the mode of the one that it replaces."""
-    for owner in ((existing.st_uid, -1), (-1, existing.st_gid)):
-        with contextlib.suppress(PermissionError):
-            os.fchown(descriptor, *owner)
-    os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))

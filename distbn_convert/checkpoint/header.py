@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import ReadError
 from .places import StrPath, access_error
+from .strict_json import StrictJsonError, parse_object
 
 __all__ = ["DTYPE_BITS", "Header", "TensorInfo", "encode_header", "lay_out", "read_header"]
 
@@ -111,7 +112,10 @@ def _check_length(length: int, size: int) -> None:
 
 
 def _parse(text: bytes, data: int) -> tuple[dict[str, TensorInfo], dict[str, str] | None]:
-    entries = _parse_json(text)
+    try:
+        entries = parse_object(text)
+    except StrictJsonError as error:
+        raise _DamageError(f"its header {error}") from error
     metadata = _metadata(entries.pop("__metadata__", None))
     infos = sorted(
         (_info(name, entry) for name, entry in entries.items()),
@@ -119,32 +123,6 @@ def _parse(text: bytes, data: int) -> tuple[dict[str, TensorInfo], dict[str, str
     )
     _check_contiguous(infos, data)
     return {info.name: info for info in infos}, metadata
-
-
-def _parse_json(text: bytes) -> dict[str, Any]:
-    try:
-        decoded = text.decode()
-        entries = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if "\\u" in decoded:
-            json.dumps(entries, ensure_ascii=False).encode()  # no half of a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise _DamageError(f"its header is no valid JSON ({type(error).__name__})") from error
-    if not isinstance(entries, dict):
-        raise _DamageError("its header is no JSON object")
-    return entries
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _DamageError(f"its header has the key {twice!r} twice")
-    return result
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _DamageError(f"its header holds {name}, which JSON does not have")
 
 
 def _metadata(value: Any) -> dict[str, str] | None:

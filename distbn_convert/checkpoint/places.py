@@ -26,6 +26,7 @@ __all__ = [
     "same_file",
     "stat_or_none",
     "sync_folder",
+    "take_over",
 ]
 
 StrPath = str | os.PathLike[str]
@@ -229,3 +230,11 @@ def sync_folder(folder: Path) -> None:
             raise access_error(
                 f"the output is in place, but {folder} could not be flushed to the disk", error
             ) from error
+
+
+def take_over(descriptor: int, existing: os.stat_result) -> None:
+    """Give the new file the owner and the mode of the one that it replaces."""
+    for owner in ((existing.st_uid, -1), (-1, existing.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, *owner)
+    os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Header", "TensorInfo", "read_bytes", "read_header", "read_tensor", "rewrite", "write"]
+__all__ = [
+    "Header",
+    "TensorInfo",
+    "header_of",
+    "read_bytes",
+    "read_header",
+    "read_tensor",
+    "rewrite",
+    "write",
+]
 
 # The format's name of a dtype -> torch's; what is missing can be copied but not read.
 _TORCH_NAMES = {
@@ -151,6 +160,21 @@ def write(
     for name in new.tensors:
         _write_tensor(sink, tensors[name])
     return new
+
+
+def header_of(state: Mapping[str, object]) -> Header:
+    """Describe the tensors of a state dict as a file's header does, but without offsets.
+
+    Dtypes that the format lacks keep torch's name; values that are no tensors are left out.
+    """
+    import torch
+
+    infos = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and isinstance(name, str):
+            dtype = _FORMAT_NAMES.get(str(value.dtype), str(value.dtype))
+            infos[name] = TensorInfo(name, dtype, tuple(value.shape), 0, value.nbytes)
+    return Header(infos, None, 0)
 
 
 def _info(name: str, tensor: Tensor) -> TensorInfo:

@@ -27,15 +27,15 @@ class Source:
 
     def __init__(self, path: StrPath, size: int | None = None) -> None:
         self.path = path
-        self.size = size
+        self.expected = size
 
     def __enter__(self) -> Source:
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            self._file = open(self.path, "rb", buffering=0)
         except OSError as error:
             raise access_error(f"cannot read {self.path}", error) from error
         self._status = os.fstat(self.fileno())
-        if self.size is not None and self._status.st_size != self.size:
+        if self.expected is not None and self.size != self.expected:
             self._file.close()
             raise self.changed()
         return self
@@ -45,6 +45,11 @@ class Source:
         self._file.close()
         if kind is None and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise self.changed()
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes when it was opened."""
+        return self._status.st_size
 
     def fileno(self) -> int:
         """Return the descriptor."""
