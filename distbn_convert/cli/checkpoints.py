@@ -89,7 +89,6 @@ def inspect(src: str, **options: Any) -> None:
         $ distbn-convert inspect virtual.pth
     """
     from ..checkpoint import inspect_checkpoint
-
     from .render import table
 
     talk = _Talk(options)
