@@ -139,7 +139,7 @@ def test_a_converted_checkpoint_resumes_as_the_converted_model(tmp_path: Path) -
 def test_case_01_every_statistic_comes_back_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, ranks: int, bits: list[int], reduction: str
 ) -> None:
-    """Cases 1, 2, 3, 5: any bits, denormals, NaN and infinities among them, at every dtype and V."""
+    """Cases 1, 2, 3, 5: any bits, denormals, NaN and infinities among them, and every V."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[
         torch.empty((), dtype=dtype).element_size()
     ]

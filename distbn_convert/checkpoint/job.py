@@ -55,6 +55,10 @@ class Job:
         self.command, self.options = command, options
         self.src = Path(src)
         self.before = _fingerprint(self.src)
+        self.kind = sniff(self.src)
+        index = self.kind is Kind.SHARDED and self.src.is_file()
+        self.root = self.src.parent if index else self.src  # what is written anew
+        self.format = _other_format(self.kind, options.format)
         self.dst = self._place(dst)
         self.notes = notes if notes is not None else []
 
@@ -83,7 +87,7 @@ class Job:
         groups = found.reports(store, action)
         if options.strict:
             found.raise_concerns(self.src)
-        source = file_info(self.src, store.format)
+        source = file_info(self.root, store.format)
         replacements = compute(store, found.chosen)
         output = None
         if not options.dry_run:
@@ -109,7 +113,7 @@ class Job:
         in_place = self.options.in_place
         if dst is None and not in_place:
             raise ConfigurationError("expected an output, but got none; name it, or use in_place.")
-        same = dst is None or same_file(self.src, dst)
+        same = dst is None or same_file(self.root, dst) or same_file(self.src, dst)
         if same and not in_place:
             raise OutputExistsError(
                 f"{self.src} and {dst} are the same file. Use in_place=True (--in-place), or "
@@ -119,8 +123,13 @@ class Job:
             raise ConfigurationError(
                 f"in_place writes to the input {self.src}, but the output is {dst}; leave one out."
             )
-        path = self.src if dst is None else Path(dst)
-        output_place(path, folder=self.src.is_dir(), overwrite=self.options.overwrite or in_place)
+        if in_place and self.format is not None:
+            raise ConfigurationError("in_place keeps the format; name an output, or leave it out.")
+        path = self.root if same or dst is None else Path(dst)
+        if not in_place:
+            _check_suffix(path, self.kind, self.format)
+        folder = self.root.is_dir() and self.format is None
+        output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
         return path
 
     def _write(self, store: Store, replacements: Replacements) -> FileInfo:
@@ -133,8 +142,14 @@ class Job:
             before_publish=self._check_unchanged,
         )
         with self._backup():
-            store.write(self.dst, replacements, writing)
-        return file_info(self.dst, store.format)
+            if self.format is None:
+                store.write(self.dst, replacements, writing)
+            else:
+                from .crossformat import write_as
+
+                state = options.state
+                self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
+        return file_info(self.dst, sniff(self.dst).value)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self.src) != self.before:
@@ -149,7 +164,7 @@ class Job:
         if not (self.options.in_place and self.options.backup):
             yield
             return
-        real = Path(os.path.realpath(self.src))
+        real = Path(os.path.realpath(self.root))
         backup = real.with_name(real.name + ".bak")
         if backup.exists() or backup.is_symlink():
             raise OutputExistsError(
@@ -161,6 +176,24 @@ class Job:
         except BaseException:
             _remove(backup)
             raise
+
+
+def _other_format(kind: Kind, wanted: str) -> str | None:
+    """Return the format to change to, None to keep that of the input."""
+    own = {Kind.TORCH_ZIP: "torch", Kind.TORCH_LEGACY: "torch", Kind.SAFETENSORS: "safetensors"}
+    return None if wanted in ("auto", own.get(kind)) else wanted
+
+
+def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:
+    """Refuse a name that promises another format than the file will have."""
+    becomes = format or kind.value
+    named = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".ckpt": "torch"}
+    promised = named.get(path.suffix)
+    if promised is not None and not becomes.startswith(promised):
+        raise ConfigurationError(
+            f"the output would be {becomes}, but {path.name} is named as a file of {promised}; "
+            f"use format={promised!r} (--format {promised}), or another name."
+        )
 
 
 def file_info(path: Path, format: str) -> FileInfo:

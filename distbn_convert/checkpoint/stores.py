@@ -79,10 +79,18 @@ def open_store(path: Path, options: ReadOptions) -> Store:
         CheckpointError: the file cannot be read, is refused, or is no checkpoint.
     """
     kind = sniff(path)
-    if kind in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
+    if kind is Kind.TORCH_ZIP or kind is Kind.TORCH_LEGACY:
         from .torchstore import open_torch
 
         return open_torch(path, kind.value, options)
+    if kind is Kind.SHARDED:
+        from .folderstore import ShardedStore
+
+        return ShardedStore(path, options)
+    if kind is Kind.ACCELERATE:
+        from .folderstore import AccelerateStore
+
+        return AccelerateStore(path)
     from .flatstore import FlatStore
 
     return FlatStore(path)

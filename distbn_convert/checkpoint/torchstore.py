@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,10 @@ class TreeStore:
         """Describe each dictionary of the tree."""
         for path, mapping in self._mappings.items():
             yield path, specs_of(mapping)
+
+    def mapping_objects(self) -> Iterable[tuple[tuple[Any, ...], MutableMapping[Any, Any]]]:
+        """Return each dictionary of the tree with its path."""
+        return self._mappings.items()
 
     def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
         """Return one tensor of a mapping."""

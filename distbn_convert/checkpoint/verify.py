@@ -85,9 +85,13 @@ def verify_checkpoint(
 def _open(path: Path, options: Options) -> tuple[Store, Survey]:
     store = open_store(path, options.reading)
     selection = options.selection
-    if all(not where for where, _ in store.mappings()):
+    if _is_flat(store):
         selection = replace(selection, state=None)  # a flat file is the sub-tree asked for
     return store, survey(store, path, selection, None)
+
+
+def _is_flat(store: Store) -> bool:
+    return all(not path for path, _ in store.mappings())
 
 
 class _Comparison:
@@ -100,12 +104,13 @@ class _Comparison:
         state: str | None,
         tolerance: float,
     ) -> None:
-        self.stores, self.state, self.tolerance = stores, state, tolerance
+        self.stores, self.tolerance = stores, tolerance
+        self.states = [None if _is_flat(store) else state for store in stores]
         self.largest = 0.0
         self.found: list[str] = []
         self.groups = [
-            {self._place(group.path, group.prefix): group for group in found.chosen}
-            for found in surveys
+            {self._place(number, group.path, group.prefix): group for group in found.chosen}
+            for number, found in enumerate(surveys)
         ]
         self._compare_groups()
         self._compare_tensors()
@@ -119,14 +124,13 @@ class _Comparison:
                 f"{first} and {second} differ: {'; '.join(self.found[:3])}{more}."
             )
 
-    def _place(self, path: Path_, key: Any) -> Place | None:
+    def _place(self, number: int, path: Path_, key: Any) -> Place | None:
         """Return where a key is, without the sub-tree that was asked for; None if outside."""
-        if self.state is None:
-            return path, key
-        parts = self.state.split(".")
-        if list(map(str, path[: len(parts)])) == parts:
-            return path[len(parts) :], key
-        return None if path else (path, key)  # a flat file is that sub-tree
+        state = self.states[number]
+        parts = state.split(".") if state is not None else []
+        if list(map(str, path[: len(parts)])) != parts:
+            return None
+        return path[len(parts) :], key
 
     def _compare_groups(self) -> None:
         first, second = self.groups
@@ -184,14 +188,14 @@ class _Comparison:
         tensors = {}
         for path, specs in self.stores[number].mappings():
             for key, spec in specs.items():
-                place = self._place(path, key)
+                place = self._place(number, path, key)
                 if spec is not None and place is not None and (path, key) not in statistics:
                     tensors[place] = (path, key)
         return tensors
 
     def _compare_objects(self) -> None:
         """Compare what is in no mapping, and what is no tensor, if both files can hold such."""
-        if self.state is not None or not all(isinstance(store, TreeStore) for store in self.stores):
+        if any(self.states) or not all(isinstance(store, TreeStore) for store in self.stores):
             return
         first, second = (store.tree for store in self.stores if isinstance(store, TreeStore))
         tensors = {
