@@ -109,6 +109,7 @@ def test_a_converted_folder_holds_the_replacements_and_everything_else(
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {*shards_of_bn, index.path.name}
     assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
     old, grown = (json.loads((place / index.path.name).read_text()) for place in (source, target))
     growth = sum(new[key].nbytes - state[key].nbytes for key in BN_KEYS)
     assert grown["metadata"].pop("total_size") == old["metadata"].pop("total_size") + growth

@@ -70,7 +70,9 @@ def write_folder(
         for name in plan.files:
             if name in writers:
                 with atomic_output(folder / name, fsync=False) as file:
-                    writers[name](file, meter.of_one_file())
+                    tell = meter.of_one_file()
+                    writers[name](file, tell)
+                    tell(sizes[name], sizes[name])
                     if in_place:
                         take_over(file.fileno(), os.stat(source / name))
             else:
@@ -177,7 +179,7 @@ class _Meter:
         self.current = 0
 
         def tell(done: int, _: int) -> None:
-            self.current = done
+            self.current = done = max(self.current, done)
             if self.progress is not None:
                 self.progress(self.finished + done, max(self.total, self.finished + done))
 

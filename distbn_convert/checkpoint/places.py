@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import time
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from ..errors import FileAccessError, OutputExistsError
 
@@ -22,6 +22,7 @@ __all__ = [
     "human_size",
     "new_temporary",
     "output_place",
+    "points_outside",
     "remove_stale",
     "same_file",
     "stat_or_none",
@@ -148,6 +149,15 @@ def _check_kind(path: StrPath, mode: int, folder: bool) -> None:
         raise _refusal(
             errno.EINVAL, f"cannot write {path}: it is not a regular file; give another name."
         )
+
+
+def points_outside(name: str) -> bool:
+    """Return whether a name that a file gives for another may lead out of its folder.
+
+    Judged alike on every system: drives, both slashes, roots and ``..`` are understood.
+    """
+    parts = PureWindowsPath(name)
+    return bool(parts.drive or parts.root) or ".." in parts.parts or not name.isprintable()
 
 
 def check_space(folder: Path, needed: int | None) -> None:

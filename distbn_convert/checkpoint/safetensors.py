@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Header",
     "TensorInfo",
+    "format_name",
     "header_of",
     "read_bytes",
     "read_header",
@@ -162,6 +163,11 @@ def write(
     return new
 
 
+def format_name(dtype: torch.dtype) -> str:
+    """Return the format's name of a dtype, torch's own if the format lacks it."""
+    return _FORMAT_NAMES.get(str(dtype), str(dtype))
+
+
 def header_of(state: Mapping[str, object]) -> Header:
     """Describe the tensors of a state dict as a file's header does, but without offsets.
 
@@ -172,8 +178,8 @@ def header_of(state: Mapping[str, object]) -> Header:
     infos = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and isinstance(name, str):
-            dtype = _FORMAT_NAMES.get(str(value.dtype), str(value.dtype))
-            infos[name] = TensorInfo(name, dtype, tuple(value.shape), 0, value.nbytes)
+            dtype, shape = format_name(value.dtype), tuple(value.shape)
+            infos[name] = TensorInfo(name, dtype, shape, 0, value.nbytes)
     return Header(infos, None, 0)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError, RefusedError
 from .header import Header, read_header
-from .places import StrPath, human_size
+from .places import StrPath, human_size, points_outside
 from .safetensors import header_of, read_tensor
 from .sniff import sniff
 from .stream import Source
@@ -136,9 +136,7 @@ def _read_content(path: Path) -> dict[str, Any]:
 
 def _check_shard(index: Path, shard: str) -> None:
     """Refuse what is not a file of the right kind inside the index's folder, on any system."""
-    parts = PureWindowsPath(shard)  # knows drives, both slashes and the roots of all systems
-    unsafe = parts.drive or parts.root or ".." in parts.parts or not shard.isprintable()
-    if unsafe:
+    if points_outside(shard):
         raise RefusedError(f"shard {shard!r} in {index.name} points outside the folder. Refused.")
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     if suffix not in (".safetensors", *_TORCH):
@@ -146,7 +144,7 @@ def _check_shard(index: Path, shard: str) -> None:
             f"{index} is an index of {suffix or 'nameless'} files; expected one of safetensors or "
             "torch files (*.safetensors.index.json, *.bin.index.json)."
         )
-    if parts.suffix != suffix:
+    if PurePath(shard).suffix != suffix:
         raise RefusedError(
             f"shard {shard!r} in {index.name} is no {suffix} file, as the index's name says. "
             "Refused."
