@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import convert_checkpoint, inspect_checkpoint, revert_checkpoint
     from .gather import gather_checkpoints
     from .options import Options
+    from .plot import plot_spread
     from .report import CheckpointReport, FileInfo, GroupReport, Spread, VerifyReport
     from .save import save_state_dict
     from .verify import verify_checkpoint
@@ -24,6 +25,7 @@ _HOME = {
     "convert_checkpoint": "api",
     "gather_checkpoints": "gather",
     "inspect_checkpoint": "api",
+    "plot_spread": "plot",
     "revert_checkpoint": "api",
     "save_state_dict": "save",
     "verify_checkpoint": "verify",
@@ -39,6 +41,7 @@ __all__ = [
     "convert_checkpoint",
     "gather_checkpoints",
     "inspect_checkpoint",
+    "plot_spread",
     "revert_checkpoint",
     "save_state_dict",
     "verify_checkpoint",

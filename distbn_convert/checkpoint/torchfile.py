@@ -233,7 +233,8 @@ def _refusal(path: Path, unknown: list[str]) -> str:
     if modules:
         return (
             f"{path} is or holds a whole pickled nn.Module ({modules[0]}), which only its own code "
-            "can open. Nothing was executed. Save model.state_dict() instead."
+            "can open. Nothing was executed. Save model.state_dict() instead; --opaque carries it "
+            "over unchanged, for the state dicts beside it."
         )
     return (
         f"{path} holds Python objects that the safe loader does not accept: {unknown[0]}{more}. "

@@ -78,15 +78,21 @@ def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any)
 
 @click.command()
 @click.argument("src")
+@click.option(
+    "--plot",
+    type=click.Path(),
+    metavar="FILE",
+    help="Draw how far the ranks disagree, layer by layer (.png, .svg or .html).",
+)
 @selecting_options
 @reading_options
 @talking_options
-def inspect(src: str, **options: Any) -> None:
+def inspect(src: str, plot: str | None, **options: Any) -> None:
     """List the BatchNorms in a checkpoint and how far their virtual ranks disagree.
 
     \b
     Example:
-        $ distbn-convert inspect virtual.pth
+        $ distbn-convert inspect virtual.pth --plot spread.png
     """
     from ..checkpoint import inspect_checkpoint
     from .render import table
@@ -94,6 +100,10 @@ def inspect(src: str, **options: Any) -> None:
     talk = _Talk(options)
     with input_path(src) as path:
         report = inspect_checkpoint(path, **options)
+    if plot is not None:
+        from ..checkpoint import plot_spread
+
+        plot_spread(report, plot)
     talk.warn(report.warnings)
     if talk.json:
         echo_json(report.to_dict())
