@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from distbn_convert import convert_model
 from distbn_convert.checkpoint import (
     convert_checkpoint,
     inspect_checkpoint,
@@ -28,7 +32,7 @@ from distbn_convert.errors import (
     VerificationError,
 )
 
-from .checkpoints import BATCH_NORMS, Net, load, resaved, torchvision_style
+from .checkpoints import BATCH_NORMS, Net, load, resaved, torchvision_style, train
 
 KEYS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -252,3 +256,38 @@ def test_verify_compares_across_formats(tmp_path: Path) -> None:
     save_file(other, tmp_path / "w.safetensors")
     with pytest.raises(VerificationError, match=r"fc\.weight differs"):
         verify_checkpoint(tmp_path / "w.safetensors", path, 0.2, state="model")
+
+
+def dcp_state() -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer)
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+
+
+def test_case_40_a_folder_of_dcp_is_converted_and_comes_back(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it takes this for a single process
+        dcp.save(dcp_state(), checkpoint_id=tmp_path / "in")
+    before = contents(tmp_path / "in")
+    report = convert_checkpoint(tmp_path / "in", tmp_path / "v", 4, state="model")
+    assert report.counts == {"converted": BATCH_NORMS}
+    assert report.groups[0].path == ("model",)
+    assert contents(tmp_path / "in") == before
+    virtual = convert_model(Net(), 4).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load({"model": virtual}, checkpoint_id=tmp_path / "v")
+    expected = dcp_state()["model"]
+    assert torch.equal(virtual["head.running_var"], expected["head.running_var"].expand(4, 4))
+    assert torch.equal(virtual["fc.weight"], expected["fc.weight"])
+    revert_checkpoint(tmp_path / "v", tmp_path / "back")
+    assert verify_checkpoint(tmp_path / "back", tmp_path / "in").largest_difference == 0
+    back = dcp_state()
+    for tensor in back["model"].values():
+        tensor.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(back, checkpoint_id=tmp_path / "back")
+    assert all(torch.equal(back["model"][key], value) for key, value in expected.items())

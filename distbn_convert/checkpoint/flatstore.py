@@ -6,12 +6,11 @@ import struct
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import VerificationError
 from .atomic import atomic_output
 from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .safetensors import read_bytes, read_tensor, rewrite
-from .stores import Mappings, WriteOptions
+from .stores import Mappings, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +102,7 @@ def check_rewritten(
     """
     new = read_header(written)
     if list(new.tensors) != list(old.tensors) or new.metadata != old.metadata:
-        raise _failure(dst, "its header")
+        raise read_back_error(dst, "its header")
     with open(src, "rb") as source, open(written, "rb") as copy:
         for name, info in new.tensors.items():
             before = old.tensors[name]
@@ -115,7 +114,7 @@ def check_rewritten(
                 same = (info.dtype, info.shape) == (before.dtype, before.shape)
                 same = same and _same_bytes(source, copy, info.nbytes)
             if not same:
-                raise _failure(dst, name)
+                raise read_back_error(dst, name)
 
 
 def _same_bytes(one: IO[bytes], other: IO[bytes], length: int) -> bool:
@@ -129,9 +128,3 @@ def _holds(path: Path, header: Header, name: str, tensor: Tensor) -> bool:
     from .compare import same_bits
 
     return same_bits(read_tensor(path, header, name), tensor.detach())
-
-
-def _failure(dst: Path, what: str) -> VerificationError:
-    return VerificationError(
-        f"{dst} was read back and differs at {what}. It was removed; please report this."
-    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import VerificationError
 from .flatstore import check_rewritten, numbers, specs_of_header
 from .groups import Group, TensorSpec
 from .header import Header
 from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
-from .stores import Mappings, ReadOptions, WriteOptions
+from .stores import Mappings, ReadOptions, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +153,7 @@ class ShardedStore(_FolderStore):
         """Read back what was written anew; the other shards are the old files."""
         written = read_index(folder / self.index.path.name, self.index.load)
         if written.weight_map != self.index.weight_map:
-            raise _failure(dst, "its index")
+            raise read_back_error(dst, "its index")
         for shard in {self.index.weight_map[name] for name in new}:
             tensors = {name: new[name] for name in new if self.index.weight_map[name] == shard}
             old = self.folder / shard
@@ -181,10 +180,4 @@ def _check_torch(old: TorchFile, written: TorchFile, tensors: dict[str, Tensor],
     old.tree.update(tensors)
     difference = first_difference(old.tree, written.tree)
     if difference is not None:
-        raise _failure(dst, difference)
-
-
-def _failure(dst: Path, what: str) -> VerificationError:
-    return VerificationError(
-        f"{dst} was read back and differs at {what}. It was removed; please report this."
-    )
+        raise read_back_error(dst, difference)

@@ -64,10 +64,10 @@ def _draw(report: CheckpointReport, layers: list[tuple[GroupReport, Spread]], fo
         raise ConfigurationError(
             "plotting needs matplotlib; install it with: pip install distbn_convert[plot]"
         ) from error
-    style = {"svg.hashsalt": "distbn", "svg.fonttype": "none", "font.size": 8}
+    style: Any = {"svg.hashsalt": "distbn", "svg.fonttype": "none", "font.size": 8}
     with matplotlib.rc_context(style):
         height = 1.7 + _ROW * len(layers)
-        figure = Figure(figsize=(11, height), layout="constrained")
+        figure: Any = Figure(figsize=(11, height), layout="constrained")
         means, variances = figure.subplots(1, 2, sharey=True)
         _panel(
             means,

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import RefusedError, VerificationError
+from ..errors import RefusedError
 from .atomic import atomic_output
 from .compare import same_bits
 from .header import read_header
 from .places import StrPath
 from .safetensors import read_tensor, write
-from .stores import ReadOptions, WriteOptions
+from .stores import ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile
 from .torchstore import write_tree
 
@@ -70,10 +70,7 @@ def write_flat(
             for name, tensor in tensors.items():
                 plain = tensor.detach()
                 if not same_bits(read_tensor(written, header, name), plain):
-                    raise VerificationError(
-                        f"{dst} was read back and differs at {name}. It was removed; please "
-                        "report this."
-                    )
+                    raise read_back_error(dst, name)
         options.before_publish()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import VerificationError
 from .groups import Group, TensorSpec
 from .sniff import Kind, sniff
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from .edit import Replacements
 
-__all__ = ["Progress", "ReadOptions", "Store", "WriteOptions", "open_store"]
+__all__ = ["Progress", "ReadOptions", "Store", "WriteOptions", "open_store", "read_back_error"]
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes expected
 Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
@@ -91,6 +92,17 @@ def open_store(path: Path, options: ReadOptions) -> Store:
         from .folderstore import AccelerateStore
 
         return AccelerateStore(path)
+    if kind is Kind.DCP:
+        from .dcpstore import DcpStore
+
+        return DcpStore(path)
     from .flatstore import FlatStore
 
     return FlatStore(path)
+
+
+def read_back_error(dst: Path, where: str) -> VerificationError:
+    """Make the error for an output that is not what was meant."""
+    return VerificationError(
+        f"{dst} was read back and differs at {where}. It was removed; please report this."
+    )

@@ -8,12 +8,11 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from ..errors import VerificationError
 from .atomic import atomic_output
 from .compare import first_difference
 from .edit import Replacements
 from .groups import Group
-from .stores import Mappings, Progress, ReadOptions, WriteOptions
+from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, walk_leaves, walk_mappings
 
@@ -112,10 +111,7 @@ def write_tree(
             )
             difference = first_difference(file.tree, written.tree)
             if difference is not None:
-                raise VerificationError(
-                    f"{dst} was read back and differs at {difference}. It was removed; please "
-                    "report this."
-                )
+                raise read_back_error(dst, difference)
         options.before_publish()
 
 
