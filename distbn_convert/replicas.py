@@ -67,7 +67,8 @@ def reduce_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Reduce the rows of all ranks to one set of statistics.
 
-    Computed in float64 and rounded once, so that equal rows give that row bit for bit.
+    Computed in float64 and rounded once; equal rows give that row bit for bit, also its negative
+    zeros, infinities and NaN.
 
     Args:
         running_mean: ``Tensor[V, C]``.
@@ -87,15 +88,25 @@ def reduce_statistics(
     if reduction == "select":
         return running_mean[rank], running_var[rank]
     mean, var = _wide_mean(running_mean), _wide_mean(running_var)
+    same_mean, same_var = _rows_equal(running_mean), _rows_equal(running_var)
     if reduction == "pooled":
         var = var + _wide_mean((running_mean.to(mean.dtype) - mean).square())
-    return mean.to(running_mean.dtype), var.to(running_var.dtype)
+        same_var = same_var & same_mean
+    return (
+        torch.where(same_mean, running_mean[0], mean.to(running_mean.dtype)),
+        torch.where(same_var, running_var[0], var.to(running_var.dtype)),
+    )
 
 
 def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int = 0) -> Tensor:
     """Reduce the counters ``int64 Tensor[V]``: the selected one, else the largest."""
     check_reduction(reduction, rank, num_batches_tracked.shape[0])
     return num_batches_tracked[rank] if reduction == "select" else num_batches_tracked.amax(0)
+
+
+def _rows_equal(rows: Tensor) -> Tensor:
+    """Return for each channel of ``Tensor[V, C]`` whether all ranks agree, NaN with NaN."""
+    return ((rows == rows[0]) | (rows.isnan() & rows[0].isnan())).all(0)
 
 
 def _wide_mean(rows: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""A folder written anew with some of its files changed and all others carried over."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ..errors import RefusedError
+from .atomic import atomic_folder, atomic_output, same_file
+from .places import StrPath, access_error, take_over
+from .stream import Progress, Sink, Source
+
+__all__ = ["Writer", "write_folder"]
+
+Writer = Callable[[IO[bytes], "Progress | None"], object]
+
+
+@contextmanager
+def write_folder(
+    src: StrPath,
+    dst: StrPath,
+    writers: Mapping[str, Writer],
+    sizes: Mapping[str, int],
+    *,
+    leave_out: Collection[str] = (),
+    overwrite: bool = False,
+    fsync: bool = True,
+    progress: Progress | None = None,
+) -> Iterator[Path]:
+    """Write a copy of a folder in which some files are made anew; it appears complete.
+
+    Other files are copied, so that nothing which is later written into one of the two folders
+    shows in the other. Only if ``dst`` is ``src`` itself, which then disappears, are they linked.
+    A ``.git`` is not copied.
+
+    Args:
+        src: **path** of the folder, not modified.
+        dst: **path** of the new folder, outside of ``src`` or the same.
+        writers: by file name relative to ``src``, **callable(file, progress)** that writes it.
+        sizes: of what each writer writes, for the check of the free space.
+        leave_out: names of files that are not carried over. Default: none
+        overwrite: **bool**, as for :func:`atomic_folder`. Default: False
+        fsync: **bool**, as for :func:`atomic_folder`. Default: True
+        progress: **callable(bytes written, bytes in all)**. Default: None
+
+    Yields:
+        Path: the complete folder, to be looked at before it is published.
+
+    Raises:
+        RefusedError: ``dst`` is inside ``src``, or ``src`` holds what is neither file nor folder.
+        OutputExistsError, FileAccessError: as :func:`atomic_folder`.
+    """
+    source, target = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
+    in_place = same_file(source, target)
+    if source in target.parents:
+        raise RefusedError(f"{dst} is inside {src}, which is copied there; give a place outside.")
+    plan = _Plan(source, writers, leave_out, in_place)
+    assert set(writers) <= set(plan.files)
+    total = sum(sizes.values()) + plan.bytes_to_copy()
+    meter = _Meter(total, progress)
+    with atomic_folder(dst, overwrite=overwrite, expected_bytes=total, fsync=fsync) as folder:
+        for name in plan.folders:
+            os.makedirs(folder / name, exist_ok=True)
+        for name in plan.files:
+            if name in writers:
+                with atomic_output(folder / name, fsync=False) as file:
+                    tell = meter.of_one_file()
+                    writers[name](file, tell)
+                    tell(sizes[name], sizes[name])
+                    if in_place:
+                        take_over(file.fileno(), os.stat(source / name))
+            else:
+                plan.carry(name, folder, meter.of_one_file())
+        for name in plan.folders:
+            shutil.copystat(source / name, folder / name)
+        yield folder
+
+
+class _Plan:
+    """What a folder consists of, and how each piece gets into the new one."""
+
+    def __init__(
+        self, source: Path, changed: Collection[str], leave_out: Collection[str], in_place: bool
+    ) -> None:
+        self.source = source
+        self.changed = changed
+        self.in_place = in_place
+        self.folders: list[str] = []
+        self.files: list[str] = []
+        self.links: set[str] = set()
+        for place, folders, files in os.walk(source, onerror=_raise):
+            if not in_place and ".git" in folders:
+                folders.remove(".git")
+            relative = os.path.relpath(place, source)
+            for name in sorted(folders):
+                self._add_folder(os.path.normpath(os.path.join(relative, name)))
+            for name in sorted(files):
+                path = os.path.normpath(os.path.join(relative, name))
+                if path not in leave_out and not name.endswith(".distbn-tmp"):
+                    self._add_file(path)
+
+    def _add_folder(self, name: str) -> None:
+        if os.path.islink(self.source / name):
+            self.files.append(name)
+            self.links.add(name)
+        else:
+            self.folders.append(name)
+
+    def _add_file(self, name: str) -> None:
+        path = self.source / name
+        if self.in_place and path.is_symlink() and name not in self.changed:
+            self.links.add(name)
+        else:
+            self._check_regular(path)
+        self.files.append(name)
+
+    def _check_regular(self, path: Path) -> None:
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise access_error(f"cannot read {path}", error) from error
+        if not stat.S_ISREG(mode):
+            raise RefusedError(f"{path} is no regular file; move it out of the folder first.")
+
+    def bytes_to_copy(self) -> int:
+        """The bytes of files that are neither changed nor linked."""
+        if self.in_place:
+            return 0
+        copied = set(self.files) - set(self.changed) - self.links
+        return sum((self.source / name).stat().st_size for name in copied)
+
+    def carry(self, name: str, folder: Path, progress: Progress) -> None:
+        """Bring one unchanged file, or link to a folder, into the new folder."""
+        old, new = self.source / name, folder / name
+        if name in self.links:
+            os.symlink(os.readlink(old) if self.in_place else os.path.realpath(old), new)
+        elif not self.in_place or not _link(old, new):
+            _copy(old, new, progress)
+
+
+def _raise(error: OSError) -> None:
+    raise access_error(f"cannot read {error.filename}", error) from error
+
+
+def _link(old: Path, new: Path) -> bool:
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
+            return False  # this file system, or this file, takes no more links
+        raise
+    return True
+
+
+def _copy(old: Path, new: Path, progress: Progress) -> None:
+    with Source(old) as source, atomic_output(new, fsync=False) as file:
+        Sink(file, source.size, progress).copy(source, 0, source.size)
+    shutil.copystat(old, new)
+
+
+class _Meter:
+    """Adds up the progress of many files."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self.progress = progress
+        self.finished = 0
+        self.current = 0
+
+    def of_one_file(self) -> Progress:
+        """Return the function that the next file's writer tells its progress."""
+        self.finished += self.current
+        self.current = 0
+
+        def tell(done: int, _: int) -> None:
+            self.current = done = max(self.current, done)
+            if self.progress is not None:
+                self.progress(self.finished + done, max(self.total, self.finished + done))
+
+        return tell

@@ -1,0 +1,132 @@
+"""Whether two loaded checkpoints hold the same: structure, order, bits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import dotted
+from .opaque import InertGlobal, InertObject
+
+__all__ = ["differences", "first_difference", "same_bits"]
+
+Path = tuple[Any, ...]
+Parts = list[tuple[Any, Any]]
+
+
+def first_difference(first: Any, second: Any) -> str | None:
+    """Describe the first place where two trees differ, None if there is none."""
+    return next((f"{dotted(path)}: {what}" for path, what in differences(first, second)), None)
+
+
+def differences(first: Any, second: Any) -> Iterator[tuple[Path, str]]:
+    """Yield the path of each place where two trees differ, and how, in the order of the first."""
+    seen: set[tuple[int, int]] = set()
+    stack: list[tuple[Path, Any, Any]] = [((), first, second)]
+    while stack:
+        path, one, two = stack.pop()
+        if one is two or (id(one), id(two)) in seen:
+            continue
+        seen.add((id(one), id(two)))
+        if type(one) is not type(two) and not _both_inert(one, two):
+            yield path, f"{type(one).__name__} and {type(two).__name__}"
+            continue
+        parts, others = _parts(one), _parts(two)
+        if parts is None or others is None:
+            if not _same_leaf(one, two):
+                yield path, _how(one, two)
+        elif not _same_keys(parts, others):
+            yield path, _how_keys_differ(parts, others)
+        else:
+            pairs = zip(parts, others, strict=True)
+            stack.extend(reversed([((*path, key), v, w) for (key, v), (_, w) in pairs]))
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits; NaN equals itself."""
+    if first.dtype != second.dtype or first.requires_grad != second.requires_grad:
+        return False
+    if _is_plain(first) and _is_plain(second):
+        return first.shape == second.shape and torch.equal(_bits(first), _bits(second))
+    return _saved(first) == _saved(second)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return dense and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor)
+    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(dtypes[tensor.element_size()])
+
+
+def _saved(value: Any) -> bytes:
+    """Two objects that save to the same bytes are the same; saving is deterministic."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _both_inert(one: Any, two: Any) -> bool:
+    return all(isinstance(value, InertObject) for value in (one, two)) or all(
+        isinstance(value, InertGlobal) for value in (one, two)
+    )
+
+
+def _parts(node: Any) -> Parts | None:
+    """List what a container or an object holds; None for a value."""
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if isinstance(node, InertObject):
+        return [*vars(node).items(), ("type", type(node))]
+    parts = list(node.items()) if isinstance(node, dict) else []
+    if isinstance(node, (Tensor, InertGlobal, type)) or not hasattr(node, "__dict__"):
+        return parts if isinstance(node, dict) else None
+    return parts + list(vars(node).items())
+
+
+def _same_keys(parts: Parts, others: Parts) -> bool:
+    """Keys that are objects without equality of their own count as the same."""
+    return len(parts) == len(others) and all(
+        key == other or (_both_inert(key, other) and first_difference(key, other) is None)
+        for (key, _), (other, _) in zip(parts, others, strict=True)
+    )
+
+
+def _same_leaf(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return same_bits(one, two)
+    if isinstance(one, InertGlobal):
+        return bool(one.global_name == two.global_name)
+    try:
+        if bool(one == two):
+            return True
+    except Exception:  # arrays have no single truth
+        pass
+    return _saved(one) == _saved(two)
+
+
+def _how(one: Any, two: Any) -> str:
+    if isinstance(one, Tensor) and one.shape != two.shape:
+        return f"shapes {tuple(one.shape)} and {tuple(two.shape)}"
+    if isinstance(one, Tensor) and one.dtype != two.dtype:
+        return f"{one.dtype} and {two.dtype}"
+    return "the values differ"
+
+
+def _how_keys_differ(parts: Parts, others: Parts) -> str:
+    first, second = [key for key, _ in parts], [key for key, _ in others]
+    for names, others_names, which in ((first, second, "first"), (second, first, "second")):
+        only = [str(key) for key in names if key not in others_names]
+        if only:
+            more = f" and {len(only) - 1} more" if len(only) > 1 else ""
+            return f"only the {which} has {only[0]}{more}"
+    return "the same keys in another order"

@@ -1,0 +1,100 @@
+"""A folder of torch.distributed.checkpoint as a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from .compare import same_bits
+from .dcp import DcpFolder, read_dcp, write_dcp
+from .edit import Replacements
+from .flatstore import specs_of_header
+from .groups import Group, TensorSpec
+from .stores import Mappings, WriteOptions, read_back_error
+from .stream import Source
+
+__all__ = ["DcpStore"]
+
+Place = tuple[tuple[Any, ...], Any]
+
+
+class DcpStore:
+    """A folder whose flat names are placed in the nested state that they came from."""
+
+    format = "dcp"
+
+    def __init__(self, path: Path) -> None:
+        self.folder = read_dcp(path)
+        self.opaque_globals: list[str] = []
+        self.warnings: list[str] = []
+        specs = specs_of_header(self.folder.header)
+        self.tensors = len(specs)
+        self._names: dict[Place, str] = {}
+        self._specs: dict[tuple[Any, ...], dict[Any, TensorSpec | None]] = {}
+        nested: Mapping[str, Any] = self.folder.metadata.planner_data or {}
+        for name, spec in specs.items():
+            *where, key = nested.get(name, (name,))
+            self._names[tuple(where), key] = name
+            self._specs.setdefault(tuple(where), {})[key] = spec
+        pieces = self.folder.metadata.storage_data.values()
+        if len({info.relative_path.split("_0")[0] for info in pieces}) > 1:
+            self.warnings.append(
+                f"several ranks wrote {path}, and torch takes each BatchNorm statistic from one "
+                "of them, mean and variance perhaps from two; synchronise them before saving."
+            )
+
+    def mappings(self) -> Mappings:
+        """Describe each mapping of the nested state."""
+        yield from self._specs.items()
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor."""
+        return self.folder.read_tensor(self._names[path, key])
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers."""
+        tensor = self.tensor(group.path, key).double()
+        rows: list[list[float]] = tensor.reshape(group.ranks or 1, group.channels).tolist()
+        return rows
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group."""
+        return int(self.tensor(group.path, group.keys[2]).max()) if group.counted else None
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Write the folder with the replacements."""
+        new = {self._names[place]: tensor for place, tensor in replacements.items()}
+        writing = write_dcp(
+            self.folder,
+            dst,
+            new,
+            overwrite=options.overwrite,
+            fsync=options.fsync,
+            progress=options.progress,
+        )
+        with writing as folder:
+            if options.verify:
+                _check(self.folder, read_dcp(folder), new, dst)
+            options.before_publish()
+
+
+def _check(old: DcpFolder, new: DcpFolder, replaced: Mapping[str, Tensor], dst: Path) -> None:
+    """Read the folder back: the replacements are in it, the bytes of all else are as they were."""
+    for name, tensor in replaced.items():
+        if not same_bits(new.read_tensor(name), tensor.detach()):
+            raise read_back_error(dst, name)
+    before, after = old.metadata.storage_data, new.metadata.storage_data
+    for index, info in before.items():
+        if index.fqn in replaced:
+            continue
+        if index not in after or _bytes(old, info) != _bytes(new, after[index]):
+            raise read_back_error(dst, index.fqn)
+
+
+def _bytes(folder: DcpFolder, info: _StorageInfo) -> bytearray:
+    with Source(folder.path / info.relative_path) as source:
+        return source.read(info.offset, info.length)

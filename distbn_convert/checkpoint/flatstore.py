@@ -1,0 +1,130 @@
+"""A safetensors file as a store: read by its header, rewritten as a stream."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .atomic import atomic_output
+from .groups import Group, TensorSpec
+from .header import Header, TensorInfo, read_header
+from .safetensors import read_bytes, read_tensor, rewrite
+from .stores import Mappings, WriteOptions, read_back_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .edit import Replacements
+
+__all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
+
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
+_CHUNK = 1 << 24  # bytes
+
+
+class FlatStore:
+    """One safetensors file."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self.tensors = len(self.header.tensors)
+        self.warnings: list[str] = []
+        self.opaque_globals: list[str] = []
+
+    def mappings(self) -> Mappings:
+        """Describe the file's only mapping."""
+        yield (), specs_of_header(self.header)
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor."""
+        return read_tensor(self.path, self.header, key)
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers."""
+        values = numbers(self.path, self.header, key)
+        width = group.channels
+        return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group."""
+        return int(max(numbers(self.path, self.header, group.keys[2]))) if group.counted else None
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Copy the file with the replacements."""
+        new = {key: tensor for (_, key), tensor in replacements.items()}
+        expected = self.header.size + sum(tensor.nbytes for tensor in new.values())
+        with atomic_output(
+            dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
+        ) as stream:
+            rewrite(self.path, stream, self.header, new, progress=options.progress)
+            stream.flush()
+            if options.verify:
+                check_rewritten(self.path, self.header, Path(stream.name), new, dst)
+            options.before_publish()
+
+
+def specs_of_header(header: Header) -> dict[str, TensorSpec]:
+    """Describe the tensors of a file as the recognition wants them."""
+    return {name: _spec(info) for name, info in header.tensors.items()}
+
+
+def _spec(info: TensorInfo) -> TensorSpec:
+    return TensorSpec(
+        dtype=_FLOATS.get(info.dtype, info.dtype),
+        shape=info.shape,
+        floating=info.dtype in _FLOATS,
+    )
+
+
+def numbers(path: Path, header: Header, name: str) -> list[float]:
+    """Return the numbers of one tensor; imports no torch."""
+    data, dtype = read_bytes(path, header, name), header.tensors[name].dtype
+    if dtype == "BF16":  # the upper half of a float32
+        halves = struct.unpack(f"<{len(data) // 2}H", data)
+        data = bytearray(struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves)))
+        dtype = "F32"
+    code = _CODES[dtype]
+    return list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
+
+
+def check_rewritten(
+    src: Path, old: Header, written: Path, replacements: dict[str, Tensor], dst: Path
+) -> None:
+    """Read a rewritten file back: the replacements are in it, all else is as it was.
+
+    Raises:
+        VerificationError: it is not.
+    """
+    new = read_header(written)
+    if list(new.tensors) != list(old.tensors) or new.metadata != old.metadata:
+        raise read_back_error(dst, "its header")
+    with open(src, "rb") as source, open(written, "rb") as copy:
+        for name, info in new.tensors.items():
+            before = old.tensors[name]
+            if name in replacements:
+                same = _holds(written, new, name, replacements[name])
+            else:
+                source.seek(old.start + before.start)
+                copy.seek(new.start + info.start)
+                same = (info.dtype, info.shape) == (before.dtype, before.shape)
+                same = same and _same_bytes(source, copy, info.nbytes)
+            if not same:
+                raise read_back_error(dst, name)
+
+
+def _same_bytes(one: IO[bytes], other: IO[bytes], length: int) -> bool:
+    return all(
+        one.read(min(_CHUNK, length - start)) == other.read(min(_CHUNK, length - start))
+        for start in range(0, length, _CHUNK)
+    )
+
+
+def _holds(path: Path, header: Header, name: str, tensor: Tensor) -> bool:
+    from .compare import same_bits
+
+    return same_bits(read_tensor(path, header, name), tensor.detach())

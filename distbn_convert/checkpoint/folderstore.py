@@ -1,0 +1,183 @@
+"""Folders as stores: shards under an index, and what accelerate saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .flatstore import check_rewritten, numbers, specs_of_header
+from .groups import Group, TensorSpec
+from .header import Header
+from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
+from .stores import Mappings, ReadOptions, WriteOptions, read_back_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .edit import Replacements
+    from .torchfile import TorchFile
+
+__all__ = ["AccelerateStore", "ShardedStore"]
+
+
+class _FolderStore:
+    """What the two kinds share: mappings of several safetensors files."""
+
+    format: str
+
+    def __init__(self, folder: Path, own: set[str], headers: list[Header]) -> None:
+        self.folder = folder
+        self.tensors = sum(len(header.tensors) for header in headers)
+        self.opaque_globals: list[str] = []
+        self.warnings: list[str] = []
+        others = other_weights(folder, own)
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            self.warnings.append(f"{others[0]}{more} in {folder} were not looked into.")
+
+    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+        """Return the file that has a tensor, and its header."""
+        raise NotImplementedError
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor of a mapping."""
+        from .safetensors import read_tensor
+
+        return read_tensor(*self.place(path, key), key)
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers."""
+        values, width = self._numbers(group.path, key), group.channels
+        return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group."""
+        return int(max(self._numbers(group.path, group.keys[2]))) if group.counted else None
+
+    def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
+        return numbers(*self.place(path, key), key)
+
+
+class AccelerateStore(_FolderStore):
+    """A folder of ``accelerator.save_state``: safetensors, and files that are carried over."""
+
+    format = "accelerate"
+
+    def __init__(self, folder: Path) -> None:
+        self.headers = read_accelerate(folder)
+        super().__init__(folder, set(self.headers), list(self.headers.values()))
+
+    def _path(self, file: str) -> tuple[Any, ...]:
+        return () if len(self.headers) == 1 else (file,)
+
+    def mappings(self) -> Mappings:
+        """Describe each file; the path is its name if there are several."""
+        for file, header in self.headers.items():
+            yield self._path(file), specs_of_header(header)
+
+    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+        """Return the file that has a tensor, and its header."""
+        file = path[0] if path else next(iter(self.headers))
+        return self.folder / file, self.headers[file]
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Write the folder with the replacements."""
+        new: dict[str, dict[str, Tensor]] = {}
+        for (path, key), tensor in replacements.items():
+            new.setdefault(self.place(path, key)[0].name, {})[key] = tensor
+        writing = write_accelerate(
+            self.folder,
+            self.headers,
+            dst,
+            new,
+            overwrite=options.overwrite,
+            fsync=options.fsync,
+            progress=options.progress,
+        )
+        with writing as folder:
+            for file, tensors in new.items() if options.verify else ():
+                old = self.folder / file
+                check_rewritten(old, self.headers[file], folder / file, tensors, dst)
+            options.before_publish()
+
+
+class ShardedStore(_FolderStore):
+    """Shards under an index."""
+
+    format = "sharded"
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        self.index = read_index(path, lambda shard: _load(shard, options))
+        headers = self.index.headers
+        super().__init__(self.index.folder, set(headers), list(headers.values()))
+
+    def mappings(self) -> Mappings:
+        """Describe all shards as the one mapping that they are."""
+        specs: dict[str, dict[str, TensorSpec]] = {
+            shard: specs_of_header(header) for shard, header in self.index.headers.items()
+        }
+        yield (), {name: specs[shard][name] for name, shard in self.index.weight_map.items()}
+
+    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+        """Return the shard that has a tensor, and its header."""
+        shard = self.index.weight_map[key]
+        return self.folder / shard, self.index.headers[shard]
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor."""
+        return self.index.read_tensor(key)
+
+    def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
+        if self.index.weight_map[key].endswith(".safetensors"):
+            return super()._numbers(path, key)
+        values: list[float] = self.tensor(path, key).detach().double().flatten().tolist()
+        return values
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Write the folder with the replacements."""
+        new = {key: tensor for (_, key), tensor in replacements.items()}
+        writing = write_sharded(
+            self.index,
+            dst,
+            new,
+            overwrite=options.overwrite,
+            fsync=options.fsync,
+            progress=options.progress,
+        )
+        with writing as folder:
+            if options.verify:
+                self._check(folder, new, dst)
+            options.before_publish()
+
+    def _check(self, folder: Path, new: dict[str, Tensor], dst: Path) -> None:
+        """Read back what was written anew; the other shards are the old files."""
+        written = read_index(folder / self.index.path.name, self.index.load)
+        if written.weight_map != self.index.weight_map:
+            raise read_back_error(dst, "its index")
+        for shard in {self.index.weight_map[name] for name in new}:
+            tensors = {name: new[name] for name in new if self.index.weight_map[name] == shard}
+            old = self.folder / shard
+            if shard.endswith(".safetensors"):
+                check_rewritten(old, self.index.headers[shard], folder / shard, tensors, dst)
+            else:
+                _check_torch(self.index.load(old), written.load(folder / shard), tensors, dst)
+
+
+def _load(path: Path, options: ReadOptions) -> TorchFile:
+    from .torchfile import load_torch
+
+    return load_torch(
+        path,
+        opaque=options.opaque,
+        allow_globals=options.allow_globals,
+        allow_compressed=options.allow_compressed,
+    )
+
+
+def _check_torch(old: TorchFile, written: TorchFile, tensors: dict[str, Tensor], dst: Path) -> None:
+    from .compare import first_difference
+
+    old.tree.update(tensors)
+    difference = first_difference(old.tree, written.tree)
+    if difference is not None:
+        raise read_back_error(dst, difference)

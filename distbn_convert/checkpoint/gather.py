@@ -1,0 +1,138 @@
+"""Several checkpoints, one saved by each real rank, united into one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError, ReadError
+from .compare import differences, same_bits
+from .edit import Replacements, gather_groups
+from .groups import Group, dotted
+from .job import Job
+from .options import Options
+from .places import StrPath
+from .report import CheckpointReport
+from .stores import Store, open_store
+from .survey import survey
+from .torchstore import TreeStore
+
+__all__ = ["gather_checkpoints"]
+
+_REDUCTIONS = ("stack", "mean", "pooled")
+
+
+def gather_checkpoints(
+    srcs: Sequence[StrPath], dst: StrPath | None, reduction: str = "stack", **options: Any
+) -> CheckpointReport:
+    """Unite checkpoints that real ranks saved one by one.
+
+    BatchNorm buffers are never synchronised by FSDP, and by DDP only before a forward, so each
+    rank's file has its own. Here the statistics of file r become virtual rank r (of files with V
+    virtual ranks each, ranks rV to rV + V - 1), or they are reduced.
+
+    Args:
+        srcs: **sequence of path**, at least two, in the order of the ranks.
+        dst: **path** of the output.
+        reduction: **str**, ``"stack"``, ``"mean"`` or ``"pooled"``. Default: ``"stack"``
+        **options: see :class:`Options`.
+
+    Returns:
+        CheckpointReport: its ``source`` is the first file, from which everything outside the state
+        dicts is taken.
+
+    Raises:
+        ConfigurationError: an argument is outside its allowed values.
+        ReadError: the state dicts differ in more than BatchNorm statistics.
+        CheckpointError: see the tree in :mod:`distbn_convert.errors`; nothing was written.
+
+    Example::
+
+        >>> gather_checkpoints(["rank0.pth", "rank1.pth"], "all.pth")
+    """
+    chosen_options = Options(**options)
+    if reduction not in _REDUCTIONS:
+        raise ConfigurationError(
+            f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, but got {reduction!r}."
+        )
+    if len(srcs) < 2 or chosen_options.in_place:
+        raise ConfigurationError(
+            f"expected at least two inputs and another output, but got {len(srcs)} inputs"
+            f"{' and in_place' if chosen_options.in_place else ''}."
+        )
+    notes: list[str] = []
+
+    def compute(first: Store, chosen: list[Group]) -> Replacements:
+        stores = [first]
+        for src in srcs[1:]:
+            stores.append(open_store(Path(src), chosen_options.reading))
+            found = survey(stores[-1], Path(src), chosen_options.selection, "any")
+            _check_same(srcs[0], src, stores, (chosen, found.chosen))
+            notes.extend(_other_differences(src, stores, chosen))
+        return gather_groups(chosen, [store.tensor for store in stores], reduction)
+
+    job = Job("gather", srcs[0], dst, chosen_options, notes)
+    report = job.run("any", "gathered", compute, reduction=reduction)
+    report.virtual_ranks = None
+    if reduction == "stack":
+        taken = [group for group in report.groups if group.action != "skipped"]
+        ranks = {(group.ranks or 1) * len(srcs) for group in taken}
+        report.virtual_ranks = ranks.pop() if len(ranks) == 1 else None
+    return report
+
+
+def _check_same(
+    first: StrPath, second: StrPath, stores: list[Store], groups: tuple[list[Group], list[Group]]
+) -> None:
+    """Raise ReadError unless two files agree in all but the statistics of the groups."""
+    statistics = {(group.path, key) for group in groups[0] for key in group.keys}
+    found = []
+    for (path, specs), (_, others) in _paired(stores, groups[0]):
+        keys = [key for key, spec in specs.items() if spec is not None]
+        for key in [*keys, *(k for k, spec in others.items() if spec and k not in specs)]:
+            spec, other = specs.get(key), others.get(key)
+            where = dotted((*path, key))
+            if spec is None or other is None:
+                found.append(f"{where} is in {first if other is None else second} alone")
+            elif spec != other:
+                found.append(
+                    f"{where} is {spec.dtype} {spec.shape} and {other.dtype} {other.shape}"
+                )
+            elif (path, key) not in statistics and not same_bits(
+                stores[0].tensor(path, key), stores[-1].tensor(path, key)
+            ):
+                found.append(f"the values of {where} differ")
+    if not found and [group.keys for group in groups[0]] != [group.keys for group in groups[1]]:
+        found.append("they hold other BatchNorms")
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise ReadError(
+            f"{first} and {second} are not of one run, where only BatchNorm statistics differ: "
+            f"{'; '.join(found[:3])}{more}."
+        )
+
+
+def _paired(stores: list[Store], groups: list[Group]) -> Iterator[Any]:
+    """Pair the mappings that hold the groups with those of the last store."""
+    paths = {group.path for group in groups}
+    others = dict(stores[-1].mappings())
+    for path, specs in stores[0].mappings():
+        if path in paths:
+            yield (path, specs), (path, others.get(path, {}))
+
+
+def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -> Iterator[str]:
+    """Yield a note if the files differ outside the state dicts, as random states do."""
+    if not all(isinstance(store, TreeStore) for store in stores):
+        return
+    inside = tuple({group.path for group in groups})
+    trees = [store.tree for store in stores if isinstance(store, TreeStore)]
+    found = [
+        dotted(path)
+        for path, _ in differences(trees[0], trees[-1])
+        if not any(path[: len(prefix)] == prefix for prefix in inside)
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield f"{src} differs from the first file in {found[0]}{more}; the first file's were taken."

@@ -1,0 +1,259 @@
+"""Which keys of a state dict are the statistics of a BatchNorm: names and shapes, no tensors."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+__all__ = ["Group", "LookAlike", "Selection", "TensorSpec", "describe", "dotted", "find_groups"]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_NAMES = frozenset(("weight", "bias", *STATISTICS))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the recognition needs to know of one tensor.
+
+    Attributes:
+        dtype: torch's name without the prefix, ``"float32"``.
+        shape: its sizes.
+        floating: whether it holds real floating-point numbers.
+        refusal: why its values cannot be handled (``"is a DTensor, ..."``); None if they can.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    floating: bool
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The statistics of one BatchNorm.
+
+    Attributes:
+        path: keys that lead from the top of the file to the mapping, ``("model",)``.
+        prefix: what stands before ``running_mean``, ``"layer1.0.bn1."``.
+        channels: C.
+        dtype: of the running statistics.
+        ranks: V of virtual statistics ``(V, C)``; None for plain ones ``(C,)``.
+        counted: whether there is a ``num_batches_tracked``.
+        underscore: whether it is an MMCV copy, whose names are joined by underscores.
+        problem: what is wrong with it, for a group that must not be touched.
+        refusal: why its tensors cannot be handled.
+    """
+
+    path: tuple[Any, ...]
+    prefix: str
+    channels: int
+    dtype: str
+    ranks: int | None
+    counted: bool
+    underscore: bool = False
+    problem: str | None = None
+    refusal: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The prefix without its separator; ``""`` for a BatchNorm saved by itself."""
+        return self.prefix[:-1]
+
+    @property
+    def full_name(self) -> str:
+        """The path and the name, as messages show them."""
+        return dotted((*self.path, self.name)) if self.name else dotted(self.path) or "(top level)"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of running_mean, running_var and, if there is one, num_batches_tracked."""
+        return tuple(self.prefix + name for name in STATISTICS[: 3 if self.counted else 2])
+
+
+@dataclass(frozen=True)
+class LookAlike:
+    """Keys that resemble a BatchNorm and are left alone."""
+
+    path: tuple[Any, ...]
+    prefix: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which groups the caller wants.
+
+    Attributes:
+        include: glob patterns on the names of groups; empty takes all.
+        exclude: glob patterns of groups to leave out.
+        state: dotted path of the sub-tree to look in; None is the whole file.
+        ema_underscore: whether MMCV's underscore copies are wanted.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    state: str | None = None
+    ema_underscore: bool = False
+
+    def why_not(self, group: Group) -> str | None:
+        """Return why a group is left out, None if it is wanted."""
+        path = dotted(group.path)
+        if self.state is not None and path != self.state and not path.startswith(self.state + "."):
+            return f"outside --state {self.state}"
+        if self.include and not any(fnmatchcase(group.name, glob) for glob in self.include):
+            return "not matched by --include"
+        if any(fnmatchcase(group.name, glob) for glob in self.exclude):
+            return "matched by --exclude"
+        if group.underscore and not self.ema_underscore:
+            return "an MMCV EMA copy; --ema-underscore takes it"
+        return None
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """Join the keys of a path with dots."""
+    return ".".join(map(str, path))
+
+
+def find_groups(
+    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...] = ()
+) -> list[Group | LookAlike]:
+    """Recognise the BatchNorms of one mapping.
+
+    A prefix P is a BatchNorm if ``P + running_mean`` and ``P + running_var`` are floating tensors
+    of one shape, ``(C,)`` or ``(V, C)``, a weight and a bias have shape ``(C,)``, and P has no
+    direct children but BatchNorm's five.
+
+    Args:
+        specs: key -> what it holds; None for what is no tensor.
+        path: where the mapping is in its file, passed on to the groups.
+
+    Returns:
+        The groups and what resembles one, in the order of the keys.
+    """
+    children: dict[str, set[str]] = defaultdict(set)
+    for key in specs:
+        if isinstance(key, str):
+            prefix, dot, name = key.rpartition(".")
+            children[prefix + dot].add(name)
+    found: dict[str, Group | LookAlike] = {}
+    for prefix, names in children.items():
+        if isinstance(specs.get(prefix + "running_mean"), TensorSpec):
+            found[prefix] = _judge(specs, path, prefix, names)
+    copies = set(_underscore_prefixes(found))
+    for key in specs:
+        if isinstance(key, str) and _is_underscore_copy(key):
+            prefix = key.removesuffix("running_mean")
+            found[prefix] = _judge_copy(specs, path, prefix, prefix in copies)
+    return list(found.values())
+
+
+def _judge(
+    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...], prefix: str, names: set[str]
+) -> Group | LookAlike:
+    strangers = sorted(names - _NAMES)
+    if strangers:
+        shown = ", ".join(f'"{name}"' for name in strangers[:3])
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        return LookAlike(path, prefix, f"has running_mean but also {shown}{more}: not BatchNorm")
+    return _group(specs, path, prefix)
+
+
+def _judge_copy(
+    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...], prefix: str, known: bool
+) -> Group | LookAlike:
+    if not known:
+        return LookAlike(path, prefix, "looks like an MMCV EMA copy, but its BatchNorm is missing")
+    return _group(specs, path, prefix, underscore=True)
+
+
+def _group(
+    specs: Mapping[Any, TensorSpec | None],
+    path: tuple[Any, ...],
+    prefix: str,
+    underscore: bool = False,
+) -> Group | LookAlike:
+    mean, var = specs[prefix + "running_mean"], specs.get(prefix + "running_var")
+    count = specs.get(prefix + "num_batches_tracked")
+    assert mean is not None
+    if var is None:
+        return LookAlike(path, prefix, "has running_mean but no running_var: not BatchNorm")
+    reason = _why_no_batch_norm(mean, var, [specs.get(prefix + n) for n in ("weight", "bias")])
+    if reason is not None:
+        return LookAlike(path, prefix, reason)
+    ranks = mean.shape[0] if len(mean.shape) == 2 else None
+    return Group(
+        path=path,
+        prefix=prefix,
+        channels=mean.shape[-1],
+        dtype=mean.dtype,
+        ranks=ranks,
+        counted=count is not None,
+        underscore=underscore,
+        problem=_problem(mean, var, count),
+        refusal=next((spec.refusal for spec in (mean, var, count) if spec and spec.refusal), None),
+    )
+
+
+def _why_no_batch_norm(
+    mean: TensorSpec, var: TensorSpec, affine: list[TensorSpec | None]
+) -> str | None:
+    if not (mean.floating and var.floating):
+        return "its running statistics are not floating-point: not BatchNorm"
+    if len(mean.shape) not in (1, 2) or len(var.shape) not in (1, 2):
+        return f"its running_mean has shape {mean.shape}: not BatchNorm"
+    channels = mean.shape[-1]
+    if var.shape[-1] != channels:
+        return f"its running_mean has shape {mean.shape}, its running_var {var.shape}: no BatchNorm"
+    if any(spec is not None and spec.shape != (channels,) for spec in affine):
+        return f"its weight or bias is not of shape ({channels},): not BatchNorm"
+    return None
+
+
+def _problem(mean: TensorSpec, var: TensorSpec, count: TensorSpec | None) -> str | None:
+    """Say how the shapes of a BatchNorm contradict each other, None if they do not."""
+    if mean.shape != var.shape:
+        has = [f"{s.shape[0]} ranks" if len(s.shape) == 2 else "no ranks" for s in (mean, var)]
+        return f"running_mean has {has[0]} but running_var has {has[1]}"
+    if 0 in mean.shape[:-1]:
+        return "its statistics have no ranks at all"
+    # A counter of shape (1,) is what some exporters make of a scalar.
+    allowed: tuple[tuple[int, ...], ...] = ((), (1,))
+    if len(mean.shape) == 2:
+        allowed = ((mean.shape[0],), (mean.shape[0], 1))
+    if count is not None and count.shape not in allowed:
+        return f"num_batches_tracked has shape {count.shape} where {allowed[0]} was expected"
+    return None
+
+
+def _is_underscore_copy(key: str) -> bool:
+    return key.endswith("_running_mean") and key.rpartition(".")[2].startswith("ema_")
+
+
+def _underscore_prefixes(found: Mapping[str, Group | LookAlike]) -> Iterator[str]:
+    """Yield the prefixes that MMCV's EMA hook gives to copies of the groups found.
+
+    The hook registers ``ema_`` + name.replace(".", "_") on the model, which may be wrapped:
+    any number of leading names can stand before it.
+    """
+    for prefix, group in found.items():
+        if isinstance(group, Group):
+            parts = prefix.split(".")
+            for wrapped in range(len(parts)):
+                head = "".join(part + "." for part in parts[:wrapped])
+                yield head + "ema_" + "_".join(parts[wrapped:])
+
+
+def describe(look_alikes: Sequence[LookAlike]) -> list[str]:
+    """Return one warning for each reason, with the number of groups and the first names."""
+    reasons = Counter(item.reason for item in look_alikes)
+    first = {item.reason: item for item in reversed(look_alikes)}
+    lines = []
+    for reason, number in reasons.items():
+        item = first[reason]
+        where = dotted((*item.path, item.prefix[:-1])) or "(top level)"
+        more = f" and {number - 1} more" if number > 1 else ""
+        lines.append(f"{where}{more} left alone: {reason}.")
+    return lines

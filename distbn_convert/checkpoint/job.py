@@ -1,0 +1,255 @@
+"""One run of a command that writes: places checked, store opened, edited, written, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError, OutputExistsError, ReadError
+from .options import Options
+from .places import StrPath, access_error, output_place, same_file
+from .report import CheckpointReport, FileInfo
+from .sniff import Kind, sniff
+from .stores import Store, WriteOptions, open_store
+from .survey import survey
+
+if TYPE_CHECKING:
+    from .edit import Replacements
+    from .groups import Group
+
+__all__ = ["Job", "check_checksums", "file_info"]
+
+Compute = Callable[[Store, "list[Group]"], "Replacements"]
+
+
+class Job:
+    """One command on one checkpoint.
+
+    Args:
+        command: its name, for the report.
+        src: the input.
+        dst: the output; None with ``in_place``.
+        options: what the caller wants.
+        notes: filled by ``compute`` with what the user should know.
+
+    Raises:
+        ConfigurationError: no output, or one that contradicts the format.
+        CheckpointError: the output exists or cannot be written; the input is not there.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        src: StrPath,
+        dst: StrPath | None,
+        options: Options,
+        notes: list[str] | None = None,
+    ) -> None:
+        self.started = time.monotonic()
+        self.command, self.options = command, options
+        self.src = Path(src)
+        self.before = _fingerprint(self.src)
+        self.kind = sniff(self.src)
+        index = self.kind is Kind.SHARDED and self.src.is_file()
+        self.root = self.src.parent if index else self.src  # what is written anew
+        self.format = _other_format(self.kind, options.format)
+        self.dst = self._place(dst)
+        self.notes = notes if notes is not None else []
+
+    def run(
+        self,
+        state: str,
+        action: str,
+        compute: Compute,
+        virtual_ranks: int | None = None,
+        reduction: str | None = None,
+    ) -> CheckpointReport:
+        """Open, survey, compute, write and read back.
+
+        Args:
+            state: what the command works on, ``"plain"``, ``"virtual"`` or ``"any"``.
+            action: what it calls what it did, ``"converted"``.
+            compute: makes the new statistics of the chosen groups.
+            virtual_ranks: for the report.
+            reduction: for the report.
+        """
+        options = self.options
+        if options.check_input:
+            check_checksums(self.src)
+        store = open_store(self.src, options.reading)
+        found = survey(store, self.src, options.selection, state)
+        groups = found.reports(store, action)
+        if options.strict:
+            found.raise_concerns(self.src)
+        source = file_info(self.root, store.format)
+        replacements = compute(store, found.chosen)
+        output = None
+        if not options.dry_run:
+            output = self._write(store, replacements)
+        if virtual_ranks is None:
+            ranks = {group.ranks for group in found.chosen}
+            virtual_ranks = ranks.pop() if len(ranks) == 1 else None
+        return CheckpointReport(
+            command=self.command,
+            source=source,
+            output=output,
+            virtual_ranks=virtual_ranks,
+            reduction=reduction,
+            groups=groups,
+            tensors=store.tensors,
+            opaque_globals=tuple(store.opaque_globals),
+            warnings=(*store.warnings, *found.concerns, *found.notes, *self.notes),
+            dry_run=options.dry_run,
+            elapsed_s=time.monotonic() - self.started,
+        )
+
+    def _place(self, dst: StrPath | None) -> Path:
+        in_place = self.options.in_place
+        if dst is None and not in_place:
+            raise ConfigurationError("expected an output, but got none; name it, or use in_place.")
+        same = dst is None or same_file(self.root, dst) or same_file(self.src, dst)
+        if same and not in_place:
+            raise OutputExistsError(
+                f"{self.src} and {dst} are the same file. Use in_place=True (--in-place), or "
+                "another name."
+            )
+        if in_place and not same:
+            raise ConfigurationError(
+                f"in_place writes to the input {self.src}, but the output is {dst}; leave one out."
+            )
+        if in_place and self.format is not None:
+            raise ConfigurationError("in_place keeps the format; name an output, or leave it out.")
+        path = self.root if same or dst is None else Path(dst)
+        if not in_place:
+            _check_suffix(path, self.kind, self.format)
+        folder = self.root.is_dir() and self.format is None
+        output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
+        return path
+
+    def _write(self, store: Store, replacements: Replacements) -> FileInfo:
+        options = self.options
+        writing = WriteOptions(
+            overwrite=options.overwrite or options.in_place,
+            fsync=options.fsync,
+            verify=options.verify,
+            progress=options.progress,
+            before_publish=self._check_unchanged,
+        )
+        with self._backup():
+            if self.format is None:
+                store.write(self.dst, replacements, writing)
+            else:
+                from .crossformat import write_as
+
+                state = options.state
+                self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
+        return file_info(self.dst, sniff(self.dst).value)
+
+    def _check_unchanged(self) -> None:
+        if _fingerprint(self.src) != self.before:
+            raise ReadError(
+                f"{self.src} changed while it was being read. Nothing was written; run this again "
+                "when its writer has finished."
+            )
+
+    @contextmanager
+    def _backup(self) -> Iterator[None]:
+        """Keep the input as ``SRC.bak`` while it is replaced, and afterwards if that worked."""
+        if not (self.options.in_place and self.options.backup):
+            yield
+            return
+        real = Path(os.path.realpath(self.root))
+        backup = real.with_name(real.name + ".bak")
+        if backup.exists() or backup.is_symlink():
+            raise OutputExistsError(
+                f"{backup} exists; move it away, or use backup=False (--no-backup)."
+            )
+        try:
+            _link_or_copy(real, backup)
+            yield
+        except BaseException:
+            _remove(backup)
+            raise
+
+
+def _other_format(kind: Kind, wanted: str) -> str | None:
+    """Return the format to change to, None to keep that of the input."""
+    own = {Kind.TORCH_ZIP: "torch", Kind.TORCH_LEGACY: "torch", Kind.SAFETENSORS: "safetensors"}
+    return None if wanted in ("auto", own.get(kind)) else wanted
+
+
+def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:
+    """Refuse a name that promises another format than the file will have."""
+    becomes = format or kind.value
+    named = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".ckpt": "torch"}
+    promised = named.get(path.suffix)
+    if promised is not None and not becomes.startswith(promised):
+        raise ConfigurationError(
+            f"the output would be {becomes}, but {path.name} is named as a file of {promised}; "
+            f"use format={promised!r} (--format {promised}), or another name."
+        )
+
+
+def file_info(path: Path, format: str) -> FileInfo:
+    """Describe a file, or a folder with the files in it."""
+    if path.is_dir():
+        size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    else:
+        size = path.stat().st_size
+    return FileInfo(str(path), format, size)
+
+
+def check_checksums(path: Path) -> int:
+    """Compare the parts of a file with their checksums, where the format has any.
+
+    Returns:
+        int: how many parts had one.
+
+    Raises:
+        ReadError: a part is damaged.
+    """
+    if sniff(path) is not Kind.TORCH_ZIP:
+        return 0
+    from .torchfile import check_zip
+
+    return check_zip(path)
+
+
+def _fingerprint(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise access_error(f"cannot read {path}", error) from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _link_or_copy(source: Path, copy: Path) -> None:
+    """Keep a file under a second name; the new content gets a file of its own."""
+    try:
+        if source.is_dir():
+            shutil.copytree(source, copy, symlinks=True, copy_function=_link_file)
+        else:
+            _link_file(source, copy)
+    except OSError as error:
+        raise access_error(f"cannot keep a backup as {copy}", error) from error
+
+
+def _link_file(source: str | Path, copy: str | Path) -> None:
+    try:
+        os.link(source, copy)
+    except OSError:  # no hard links on this file system
+        shutil.copy2(source, copy)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,84 @@
+"""What every command on checkpoints understands; the command line has the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import ConfigurationError
+from .groups import Selection
+from .stores import Progress, ReadOptions
+
+__all__ = ["FORMATS", "Options"]
+
+FORMATS = ("auto", "torch", "safetensors")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of :func:`convert_checkpoint` and its siblings, given as keywords.
+
+    Attributes:
+        include: glob patterns on the names of BatchNorms, ``("layer1.*",)``; only those are
+            taken. Default: all
+        exclude: glob patterns of BatchNorms to leave alone. Default: none
+        state: dotted path of the sub-tree to look in, ``"model_ema"``. Default: the whole file
+        ema_underscore: take MMCV's EMA copies, whose names are joined by underscores, too.
+            Default: False
+        format: of the output, ``"auto"`` (the input's), ``"torch"`` or ``"safetensors"``.
+            Default: ``"auto"``
+        overwrite: replace an existing output. Default: False
+        in_place: the output is the input; ``dst`` is None or the same file. Default: False
+        backup: with ``in_place``, keep the input as ``SRC.bak``. Default: True
+        dry_run: do everything but write. Default: False
+        strict: what would be a warning is an error. Default: False
+        opaque: carry unknown Python objects through, unexecuted. Default: False
+        allow_globals: full names of classes that the file may make. Default: none
+        allow_compressed: accept any compression ratio. Default: False
+        check_input: compare the input with its checksums first. Default: False
+        verify: read the output back and compare before it appears. Default: True
+        fsync: wait until the disk holds the output. Default: True
+        progress: called with (bytes written, bytes expected) now and then. Default: None
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    state: str | None = None
+    ema_underscore: bool = False
+    format: str = "auto"
+    overwrite: bool = False
+    in_place: bool = False
+    backup: bool = True
+    dry_run: bool = False
+    strict: bool = False
+    opaque: bool = False
+    allow_globals: tuple[str, ...] = ()
+    allow_compressed: bool = False
+    check_input: bool = False
+    verify: bool = True
+    fsync: bool = True
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "allow_globals"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigurationError(
+                    f"{name} must be a sequence of str, but got {value!r}; write ({value!r},)."
+                )
+            object.__setattr__(self, name, tuple(value))
+        if self.format not in FORMATS:
+            raise ConfigurationError(
+                f"format must be one of {', '.join(map(repr, FORMATS))}, but got {self.format!r}; "
+                "'auto' keeps the input's."
+            )
+
+    @property
+    def selection(self) -> Selection:
+        """The part that chooses BatchNorms."""
+        return Selection(self.include, self.exclude, self.state, self.ema_underscore)
+
+    @property
+    def reading(self) -> ReadOptions:
+        """The part that opens files."""
+        return ReadOptions(self.opaque, self.allow_globals, self.allow_compressed)

@@ -1,0 +1,250 @@
+"""Where output may go: paths, space, temporary names, and sentences for what the system refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from pathlib import Path, PureWindowsPath
+
+from ..errors import FileAccessError, OutputExistsError
+
+__all__ = [
+    "StrPath",
+    "access_error",
+    "check_space",
+    "find_disk_full",
+    "human_size",
+    "new_temporary",
+    "output_place",
+    "points_outside",
+    "remove_stale",
+    "same_file",
+    "stat_or_none",
+    "sync_folder",
+    "take_over",
+]
+
+StrPath = str | os.PathLike[str]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_UNITS = ("kB", "MB", "GB", "TB")
+_STALE_AFTER = 3600  # seconds
+_NAME_BYTES = 200  # of the 255 that file systems allow, the rest is for the pid and the suffix
+
+_ours: set[str] = set()
+
+
+def human_size(count: int) -> str:
+    """Return a number of bytes as people write it: ``133 bytes``, ``2.1 GB``."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = 1
+    while power < len(_UNITS) and round(count / 1000**power, 1) >= 1000:
+        power += 1
+    return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
+
+
+def access_error(what: str, cause: OSError, *, folder: Path | None = None) -> FileAccessError:
+    """Make the sentence for a refusal of the system; it keeps ``errno``.
+
+    Args:
+        what: **str**, what could not be done, ``"cannot write model.pth"``.
+        cause: **OSError**, the refusal.
+        folder: **Path**, whose free space is told if the disk is full. Default: None
+    """
+    reason = os.strerror(cause.errno).lower() if cause.errno else str(cause)
+    if cause.errno == errno.ENOSPC and folder is not None:
+        with contextlib.suppress(OSError):
+            reason += f" ({human_size(shutil.disk_usage(folder).free)} free in {folder})"
+    error = FileAccessError(f"{what}: {reason}.")
+    error.errno = cause.errno
+    return error
+
+
+def find_disk_full(error: BaseException | None) -> OSError | None:
+    """Find a full disk among the causes of ``error``; torch.save hides it there."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _refusal(code: int, message: str) -> FileAccessError:
+    error = FileAccessError(message)
+    error.errno = code
+    return error
+
+
+def stat_or_none(path: StrPath) -> os.stat_result | None:
+    """Return the status of what ``path`` leads to, or None if there is nothing.
+
+    Raises:
+        FileAccessError: the system does not tell.
+    """
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise access_error(f"cannot look at {path}", error) from error
+
+
+def same_file(first: StrPath, second: StrPath) -> bool:
+    """Return whether two paths lead to one file or folder, by whatever links or spelling."""
+    one, other = stat_or_none(first), stat_or_none(second)
+    return one is not None and other is not None and os.path.samestat(one, other)
+
+
+def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
+    """Return the place that ``path`` leads to, having checked that output may go there.
+
+    Args:
+        path: **path**; symbolic links are followed.
+        folder: **bool**, the output is a folder, not a file.
+        overwrite: **bool**, it may replace what is there.
+
+    Raises:
+        OutputExistsError: there is something, and it may not be replaced.
+        FileAccessError: no such parent folder, or something else than a file (a folder) is there.
+    """
+    target = Path(os.path.realpath(path))
+    parent = stat_or_none(target.parent)
+    if parent is None:
+        raise _refusal(
+            errno.ENOENT,
+            f"cannot write {path}: the folder {target.parent} does not exist; make it first.",
+        )
+    if not stat.S_ISDIR(parent.st_mode):
+        raise _refusal(errno.ENOTDIR, f"cannot write {path}: {target.parent} is not a folder.")
+    existing = stat_or_none(target)
+    if existing is not None:
+        _check_kind(path, existing.st_mode, folder)
+        if not overwrite:
+            raise OutputExistsError(
+                f"{path} exists; use overwrite=True (--force) to replace it, or another name."
+            )
+    elif not folder and os.fspath(path).endswith(os.sep):
+        raise _refusal(errno.EISDIR, f"cannot write {path}: that is the name of a folder.")
+    return target
+
+
+def _check_kind(path: StrPath, mode: int, folder: bool) -> None:
+    if folder and not stat.S_ISDIR(mode):
+        raise _refusal(errno.ENOTDIR, f"cannot write {path}: it is no folder; give another name.")
+    if not folder and stat.S_ISDIR(mode):
+        raise _refusal(
+            errno.EISDIR, f"cannot write {path}: it is a folder; give the name of a file in it."
+        )
+    if not folder and not stat.S_ISREG(mode):
+        raise _refusal(
+            errno.EINVAL, f"cannot write {path}: it is not a regular file; give another name."
+        )
+
+
+def points_outside(name: str) -> bool:
+    """Return whether a name that a file gives for another may lead out of its folder.
+
+    Judged alike on every system: drives, both slashes, roots and ``..`` are understood.
+    """
+    parts = PureWindowsPath(name)
+    return bool(parts.drive or parts.root) or ".." in parts.parts or not name.isprintable()
+
+
+def check_space(folder: Path, needed: int | None) -> None:
+    """Refuse, before anything is written, what does not fit into ``folder``.
+
+    Raises:
+        FileAccessError: fewer than ``needed`` bytes are free, with errno ENOSPC.
+    """
+    if needed is None:
+        return
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise _refusal(
+            errno.ENOSPC,
+            f"not enough space in {folder}: needs {human_size(needed)}, has {human_size(free)}; "
+            "nothing was written.",
+        )
+
+
+def new_temporary(target: Path) -> Path:
+    """Return a name beside ``target`` that nothing else uses and ``remove_stale`` recognises."""
+    name = f"{_stem(target)}{os.getpid()}.{secrets.token_hex(4)}.distbn-tmp"
+    _ours.add(name)
+    return target.with_name(name)
+
+
+def _stem(target: Path) -> str:
+    return f".{os.fsencode(target.name)[:_NAME_BYTES].decode(errors='ignore')}."
+
+
+def remove_stale(target: Path) -> None:
+    """Remove what killed processes left of ``target``: an hour old, the process gone."""
+    if os.name == "nt":  # asking whether a process lives would end it there
+        return
+    pattern = re.compile(re.escape(_stem(target)) + r"(\d{1,9})\.[0-9a-f]{8}\.distbn-tmp")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(target.parent)):
+            found = pattern.fullmatch(entry.name)
+            if found is None or entry.name in _ours or _is_alive(int(found[1])):
+                continue
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_AFTER:
+                _remove(entry)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():  # in a container each run may have the same one
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        os.unlink(entry.path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk holds the names in ``folder``.
+
+    Raises:
+        FileAccessError: the disk fails; the names are there, but may not survive a crash.
+    """
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
+            raise access_error(
+                f"the output is in place, but {folder} could not be flushed to the disk", error
+            ) from error
+
+
+def take_over(descriptor: int, existing: os.stat_result) -> None:
+    """Give the new file the owner and the mode of the one that it replaces."""
+    for owner in ((existing.st_uid, -1), (-1, existing.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, *owner)
+    os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))

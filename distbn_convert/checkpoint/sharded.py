@@ -1,0 +1,177 @@
+"""Folders of checkpoints: shards under an index, and what accelerate saves; written whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .carry import Writer, write_folder
+from .header import Header, read_header
+from .places import StrPath
+from .safetensors import rewrite
+from .shard_index import ShardIndex, other_checkpoints, read_index
+from .stream import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "ShardIndex",
+    "other_weights",
+    "read_accelerate",
+    "read_index",
+    "write_accelerate",
+    "write_sharded",
+]
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
+
+
+def write_sharded(
+    index: ShardIndex,
+    dst: StrPath,
+    replacements: Mapping[str, Tensor],
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    progress: Progress | None = None,
+) -> AbstractContextManager[Path]:
+    """Write the folder of a sharded checkpoint with some tensors replaced.
+
+    Shards without a replaced tensor and all other files are carried over unchanged;
+    ``total_size`` in the index follows. Weights under another index are left out.
+
+    Args:
+        index: **ShardIndex**, the checkpoint; not modified.
+        dst: **path** of the new folder; may be the old one with ``overwrite``.
+        replacements: by name, **Tensor** on the CPU.
+        overwrite: **bool**, replace an existing folder. Default: False
+        fsync: **bool**, wait until the disk holds it. Default: True
+        progress: **callable(bytes written, bytes in all)**. Default: None
+
+    Returns:
+        context manager of Path: the complete folder; published when the block ends.
+
+    Raises, in the block:
+        CheckpointError: as :func:`write_folder` and :func:`rewrite`.
+    """
+    by_shard: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in replacements.items():
+        by_shard.setdefault(index.weight_map[name], {})[name] = tensor
+    writers: dict[str, Writer] = {
+        shard: partial(_write_shard, index, shard, new) for shard, new in by_shard.items()
+    }
+    growth = {shard: _growth(index.headers[shard], new) for shard, new in by_shard.items()}
+    sizes = {shard: (index.folder / shard).stat().st_size + growth[shard] for shard in by_shard}
+    text = _grown_index(index.content, sum(growth.values()))
+    if text is not None:
+        writers[index.path.name] = lambda file, _: file.write(text)
+        sizes[index.path.name] = len(text)
+    return write_folder(
+        index.folder,
+        dst,
+        writers,
+        sizes,
+        leave_out=other_checkpoints(index),
+        overwrite=overwrite,
+        fsync=fsync,
+        progress=progress,
+    )
+
+
+def _growth(header: Header, new: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes - header.tensors[name].nbytes for name, tensor in new.items())
+
+
+def _grown_index(content: Mapping[str, Any], growth: int) -> bytes | None:
+    """Return the index with its ``total_size`` grown, None if it stays as it is."""
+    metadata = content.get("metadata") or {}
+    total = metadata.get("total_size")
+    if not growth or isinstance(total, bool) or not isinstance(total, int | float):
+        return None
+    grown = {**content, "metadata": {**metadata, "total_size": total + growth}}
+    return (json.dumps(grown, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_shard(
+    index: ShardIndex,
+    shard: str,
+    new: Mapping[str, Tensor],
+    file: IO[bytes],
+    progress: Progress | None,
+) -> None:
+    if shard.endswith(".safetensors"):
+        rewrite(index.folder / shard, file, index.headers[shard], new, progress=progress)
+        return
+    from .torchfile import save_torch
+
+    loaded = index.load(index.folder / shard)
+    for name, tensor in new.items():
+        loaded.tree[name] = tensor
+    save_torch(loaded, file)
+
+
+def read_accelerate(path: StrPath) -> dict[str, Header]:
+    """Read the headers of the safetensors files directly in a folder, by their names.
+
+    Raises:
+        ReadError: one is damaged.
+        FileAccessError: one cannot be read.
+    """
+    return {file.name: read_header(file) for file in sorted(Path(path).glob("*.safetensors"))}
+
+
+def write_accelerate(
+    src: StrPath,
+    headers: Mapping[str, Header],
+    dst: StrPath,
+    replacements: Mapping[str, Mapping[str, Tensor]],
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    progress: Progress | None = None,
+) -> AbstractContextManager[Path]:
+    """Write a folder with tensors of its safetensors files replaced; the rest is carried over.
+
+    Args:
+        src: **path** of the folder; not modified.
+        headers: as :func:`read_accelerate` gives them.
+        dst: **path** of the new folder; may be the old one with ``overwrite``.
+        replacements: by file and name, **Tensor** on the CPU.
+        overwrite: **bool**, replace an existing folder. Default: False
+        fsync: **bool**, wait until the disk holds it. Default: True
+        progress: **callable(bytes written, bytes in all)**. Default: None
+
+    Returns:
+        context manager of Path: the complete folder; published when the block ends.
+
+    Raises, in the block:
+        CheckpointError: as :func:`write_folder` and :func:`rewrite`.
+    """
+    changed = {file: new for file, new in replacements.items() if new}
+
+    def writer(name: str) -> Writer:
+        return lambda file, progress: rewrite(
+            Path(src) / name, file, headers[name], changed[name], progress=progress
+        )
+
+    return write_folder(
+        src,
+        dst,
+        {name: writer(name) for name in changed},
+        {name: headers[name].size + _growth(headers[name], changed[name]) for name in changed},
+        overwrite=overwrite,
+        fsync=fsync,
+        progress=progress,
+    )
+
+
+def other_weights(folder: Path, own: Collection[str]) -> list[str]:
+    """List files of a folder that look like weights and are not among ``own``, for a warning."""
+    files = (path.name for path in folder.iterdir() if path.name not in own)
+    return sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _WEIGHTS))

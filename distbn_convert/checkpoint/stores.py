@@ -1,0 +1,108 @@
+"""The formats behind one face: what a file holds, and how it is written with new statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import VerificationError
+from .groups import Group, TensorSpec
+from .sniff import Kind, sniff
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .edit import Replacements
+
+__all__ = ["Progress", "ReadOptions", "Store", "WriteOptions", "open_store", "read_back_error"]
+
+Progress = Callable[[int, int], None]  # bytes written so far, bytes expected
+Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a file is opened; see :class:`~distbn_convert.checkpoint.Options`."""
+
+    opaque: bool = False
+    allow_globals: tuple[str, ...] = ()
+    allow_compressed: bool = False
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a file is written; see :class:`~distbn_convert.checkpoint.Options`."""
+
+    overwrite: bool = False
+    fsync: bool = True
+    verify: bool = True
+    progress: Progress | None = None
+    before_publish: Callable[[], None] = lambda: None
+
+
+class Store(Protocol):
+    """An open checkpoint.
+
+    Attributes:
+        format: its name in reports.
+        tensors: how many it holds.
+        warnings: what the user should know.
+        opaque_globals: names of Python objects carried through unexecuted.
+    """
+
+    format: str
+    tensors: int
+    warnings: list[str]
+    opaque_globals: list[str]
+
+    def mappings(self) -> Mappings:
+        """Yield each mapping of the file that can hold a state dict, described, with its path."""
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor of a mapping, on the CPU."""
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers, one list for each rank."""
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group, None without one."""
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Write everything to ``dst``, with the replacements; verified before it appears."""
+
+
+def open_store(path: Path, options: ReadOptions) -> Store:
+    """Open a checkpoint of any format that is handled.
+
+    Raises:
+        CheckpointError: the file cannot be read, is refused, or is no checkpoint.
+    """
+    kind = sniff(path)
+    if kind is Kind.TORCH_ZIP or kind is Kind.TORCH_LEGACY:
+        from .torchstore import open_torch
+
+        return open_torch(path, kind.value, options)
+    if kind is Kind.SHARDED:
+        from .folderstore import ShardedStore
+
+        return ShardedStore(path, options)
+    if kind is Kind.ACCELERATE:
+        from .folderstore import AccelerateStore
+
+        return AccelerateStore(path)
+    if kind is Kind.DCP:
+        from .dcpstore import DcpStore
+
+        return DcpStore(path)
+    from .flatstore import FlatStore
+
+    return FlatStore(path)
+
+
+def read_back_error(dst: Path, where: str) -> VerificationError:
+    """Make the error for an output that is not what was meant."""
+    return VerificationError(
+        f"{dst} was read back and differs at {where}. It was removed; please report this."
+    )

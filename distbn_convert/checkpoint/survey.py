@@ -1,0 +1,169 @@
+"""What a command finds in a store: the BatchNorms, what becomes of each, and what to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..errors import NothingToDoError, ReadError, RefusedError
+from .groups import Group, LookAlike, Selection, describe, find_groups
+from .report import GroupReport
+from .spread import count_nonfinite, measure_spread
+from .stores import Store
+
+__all__ = ["Survey", "survey"]
+
+
+@dataclass
+class Survey:
+    """The BatchNorms of one store.
+
+    Attributes:
+        chosen: the groups to work on.
+        skipped: the other groups, each with the reason.
+        concerns: what may be wrong; an error under ``strict``.
+        notes: what is worth knowing.
+    """
+
+    chosen: list[Group] = field(default_factory=list)
+    skipped: list[tuple[Group, str]] = field(default_factory=list)
+    concerns: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    looked_at: int = 0
+
+    def reports(self, store: Store, action: str, spread: bool = False) -> tuple[GroupReport, ...]:
+        """Report on each group; adds a concern about statistics that are not finite."""
+        reports = [_report(store, group, action, None, spread) for group in self.chosen]
+        bad = [report for report in reports if report.nonfinite]
+        if bad:
+            self.concerns.append(
+                f"{sum(report.nonfinite for report in bad)} statistics are NaN or infinite, "
+                f"first in {bad[0].name}; they were carried through."
+            )
+        return (
+            *reports,
+            *(_report(store, group, "skipped", reason, spread) for group, reason in self.skipped),
+        )
+
+    def raise_concerns(self, path: Path) -> None:
+        """Make the first concern an error, as ``strict`` wants.
+
+        Raises:
+            RefusedError: there is a concern.
+        """
+        if self.concerns:
+            raise RefusedError(f"{path}: {self.concerns[0]} Refused because of --strict.")
+
+
+def survey(store: Store, path: Path, selection: Selection, state: str | None) -> Survey:
+    """Find the groups of a store that are selected and in the given state.
+
+    Args:
+        store: the open file.
+        path: its name, for messages.
+        selection: which groups the caller wants.
+        state: ``"plain"`` or ``"virtual"``, what the command works on; ``"any"`` takes both, and
+            None does not mind if there is nothing.
+
+    Raises:
+        NothingToDoError: there is no such group.
+        ReadError: a selected group contradicts itself.
+        RefusedError: a selected group's tensors cannot be handled.
+    """
+    found = [item for where, specs in store.mappings() for item in find_groups(specs, where)]
+    groups = [item for item in found if isinstance(item, Group)]
+    result = Survey(looked_at=len(groups))
+    result.concerns += describe([item for item in found if isinstance(item, LookAlike)])
+    for group in groups:
+        reason = selection.why_not(group)
+        if reason is None:
+            _check(group, path)
+            reason = _wrong_state(group, state)
+        if reason is None:
+            result.chosen.append(group)
+        else:
+            result.skipped.append((group, reason))
+    if not result.chosen and state is not None:
+        raise _nothing(store, path, result.skipped, result.concerns)
+    _tell_skipped(result)
+    return result
+
+
+def _check(group: Group, path: Path) -> None:
+    if group.problem is not None:
+        raise ReadError(f"{path}: in {group.full_name}, {group.problem}. The file is inconsistent.")
+    if group.refusal is not None:
+        raise RefusedError(f"{path}: a statistic of {group.full_name} {group.refusal}.")
+
+
+def _wrong_state(group: Group, state: str | None) -> str | None:
+    if state == "plain" and group.ranks is not None:
+        return f"already virtual ({group.ranks} ranks)"
+    if state == "virtual" and group.ranks is None:
+        return "plain, it has no virtual ranks"
+    return None
+
+
+def _tell_skipped(result: Survey) -> None:
+    for marker, what in (
+        ("already virtual", "already virtual and were left as they are"),
+        ("plain, ", "plain and were left as they are"),
+        ("an MMCV", "MMCV EMA copies and were left as they are; --ema-underscore takes them"),
+    ):
+        names = [group.full_name for group, reason in result.skipped if reason.startswith(marker)]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            result.concerns.append(f"{names[0]}{more} are {what}.")
+    uncounted = [group for group in result.chosen if not group.counted]
+    if uncounted:
+        result.notes.append(
+            f"{len(uncounted)} of {len(result.chosen)} BatchNorms have no num_batches_tracked "
+            f"(first {uncounted[0].full_name}); none was made up."
+        )
+
+
+def _nothing(
+    store: Store, path: Path, skipped: Sequence[tuple[Group, str]], concerns: Sequence[str]
+) -> NothingToDoError:
+    if not skipped:
+        more = f" {concerns[0]}" if concerns else " Keys ending in running_mean: 0."
+        return NothingToDoError(
+            f"no BatchNorm statistics found in {path} ({store.tensors} tensors).{more}"
+        )
+    group, reason = skipped[0]
+    if reason.startswith("already virtual"):
+        return NothingToDoError(f"{group.full_name} is {reason}. Revert it first.")
+    if reason.startswith("plain"):
+        return NothingToDoError(
+            f"{path} has no virtual ranks: all of its {len(skipped)} BatchNorms are plain. "
+            "Convert it first."
+        )
+    return NothingToDoError(
+        f"none of the {len(skipped)} BatchNorms in {path} was taken; {group.full_name} is {reason}."
+    )
+
+
+def _report(
+    store: Store, group: Group, action: str, reason: str | None, spread: bool
+) -> GroupReport:
+    report = GroupReport(
+        path=tuple(map(str, group.path)),
+        prefix=group.prefix,
+        channels=group.channels,
+        dtype=group.dtype,
+        tracked=None,
+        ranks=group.ranks,
+        state="plain" if group.ranks is None else "virtual",
+        action=action,
+        reason=reason or group.problem,
+    )
+    if group.problem is not None or group.refusal is not None:
+        return report
+    means, variances = (store.rows(group, key) for key in group.keys[:2])
+    return replace(
+        report,
+        tracked=store.count(group),
+        nonfinite=count_nonfinite(means, variances),
+        spread=measure_spread(means, variances) if spread and group.ranks is not None else None,
+    )

@@ -1,0 +1,252 @@
+"""Checkpoints of ``torch.save``: loaded without executing anything, saved deterministically."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
+from .allowed import allowed_globals, is_ordinary
+from .opaque import opaque_pickle, scan_globals
+
+__all__ = ["TorchFile", "check_zip", "load_torch", "save_torch", "unknown_globals"]
+
+_LEGACY_PICKLES = 4  # magic number, protocol, system, and then the checkpoint
+_MAX_RATIO = 100  # weights hardly compress; more than this is a bomb, or all zeros
+
+
+@dataclass
+class TorchFile:
+    """A loaded checkpoint.
+
+    Attributes:
+        tree: what was saved.
+        protocol: of the pickle, kept when it is saved again.
+        pickle_module: what writes inert objects; None if there are none.
+        opaque_globals: the names carried through unexecuted.
+        warnings: what the user should know.
+    """
+
+    tree: Any
+    protocol: int = 2
+    pickle_module: Any = None
+    opaque_globals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_torch(
+    path: Path,
+    *,
+    opaque: bool = False,
+    allow_globals: Sequence[str] = (),
+    allow_compressed: bool = False,
+) -> TorchFile:
+    """Load a checkpoint onto the CPU, mapped into memory where the format permits.
+
+    Args:
+        path: a torch zip or a legacy file.
+        opaque: carry unknown objects through as inert stand-ins. Default: False
+        allow_globals: full names of classes that may be made. Default: none
+        allow_compressed: do not refuse a suspicious compression ratio. Default: False
+
+    Raises:
+        RefusedError: unknown Python objects, or a compression ratio above 100.
+        ReadError: the file is damaged.
+        FileAccessError: the system cannot read it.
+    """
+    zipped = _starts_as_zip(path)
+    stored = zipped and _check_members(path, allow_compressed)
+    result = TorchFile(None, protocol=_protocol(path) if zipped else 2)
+    extra = allowed_globals(allow_globals)
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    if opaque:
+        # torch gives every name in the file to this module, whose stand-ins run nothing.
+        result.pickle_module = opaque_pickle()
+        options.update(weights_only=False, pickle_module=result.pickle_module)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(extra):
+            warnings.simplefilter("ignore")
+            # torch reads *.safetensors by its name, whatever is in it.
+            if stored and path.suffix != ".safetensors":
+                result.tree = torch.load(str(path), mmap=True, **options)
+            else:
+                with open(path, "rb") as file:
+                    result.tree = torch.load(file, **options)
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:
+        raise _explain(path, error, opaque, {name for _, name in extra}) from error
+    if opaque:
+        names = result.pickle_module.globals()
+        result.opaque_globals = [name for name in names if not is_ordinary(name)]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        result.warnings.append(
+            f"torch {torch.__version__} has a known flaw in its safe loader (CVE-2026-24747); "
+            "use 2.10 or newer for files that you do not trust."
+        )
+    return result
+
+
+def save_torch(result: TorchFile, file: Any) -> None:
+    """Write ``result.tree``; the same content gives the same bytes, whatever the file's name.
+
+    Raises:
+        RefusedError: it holds what cannot be saved.
+        OSError: the file's own, which torch hides.
+    """
+    options = {} if result.pickle_module is None else {"pickle_module": result.pickle_module}
+    try:
+        torch.save(result.tree, file, pickle_protocol=result.protocol, **options)
+    except Exception as error:
+        hidden = _hidden(error)
+        if hidden is not None:
+            raise hidden from error
+        raise
+
+
+def check_zip(path: Path) -> int:
+    """Compare each member of a zip with its checksum.
+
+    Returns:
+        int: the number of members that have one; torch can be told to write none.
+
+    Raises:
+        ReadError: a member is damaged.
+    """
+    checked = 0
+    with _open_zip(path) as archive:
+        for info in archive.infolist():
+            if info.CRC == 0 and info.file_size:
+                continue
+            try:
+                with archive.open(info) as member:
+                    while member.read(1 << 24):
+                        pass
+            except Exception as error:
+                raise ReadError(
+                    f"{path} is damaged: the checksum of {info.filename} does not match; "
+                    "download or copy the file again."
+                ) from error
+            checked += 1
+    return checked
+
+
+def unknown_globals(path: Path) -> list[str]:
+    """List the names in a checkpoint's pickle that are not ordinary; nothing is imported."""
+    if _starts_as_zip(path):
+        with _open_zip(path) as archive:
+            names = scan_globals(io.BytesIO(archive.read(_data_pkl(path, archive))))
+    else:
+        with open(path, "rb") as file:
+            names = scan_globals(file, _LEGACY_PICKLES)
+    return [name for name in names if not is_ordinary(name)]
+
+
+def _starts_as_zip(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise FileAccessError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except OSError as error:
+        raise FileAccessError(f"cannot read {path}: {error.strerror}.") from error
+    except Exception as error:
+        raise ReadError(
+            f"{path} is damaged: its zip directory is missing or broken (the file has "
+            f"{os.path.getsize(path):,} bytes). The download or the save was probably cut short."
+        ) from error
+
+
+def _data_pkl(path: Path, archive: zipfile.ZipFile) -> str:
+    for name in archive.namelist():
+        if name.rpartition("/")[2] == "data.pkl":
+            return name
+    raise ReadError(f"{path} is a zip but no torch checkpoint: it has no data.pkl.")
+
+
+def _check_members(path: Path, allow_compressed: bool) -> bool:
+    """Return whether all members are stored uncompressed, which mapping relies on."""
+    with _open_zip(path) as archive:
+        infos = archive.infolist()
+    size = sum(info.file_size for info in infos)
+    packed = sum(info.compress_size for info in infos)
+    if size > _MAX_RATIO * max(packed, 1) and not allow_compressed:
+        raise RefusedError(
+            f"{path} unpacks from {packed:,} to {size:,} bytes, as weights never do. "
+            "If you trust it, use --force."
+        )
+    return all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+
+
+def _protocol(path: Path) -> int:
+    with _open_zip(path) as archive:
+        name = _data_pkl(path, archive)
+        try:
+            with archive.open(name) as member:
+                start = member.read(2)
+        except Exception as error:
+            raise ReadError(f"{path} is damaged: {name} cannot be read.") from error
+    return start[1] if len(start) == 2 and start[0] == 0x80 and start[1] in range(2, 6) else 2
+
+
+def _explain(path: Path, error: Exception, opaque: bool, allowed: set[str]) -> CheckpointError:
+    """Turn whatever torch makes of a file into one sentence."""
+    if isinstance(error, OSError) and error.errno:
+        return FileAccessError(f"cannot read {path}: {error.strerror}.")
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    damaged = ReadError(
+        f"{path} is damaged or no torch checkpoint ({type(error).__name__}"
+        f"{': ' + text if text else ''}). Download or save it again."
+    )
+    if opaque:
+        return damaged
+    try:
+        unknown = [name for name in unknown_globals(path) if name not in allowed]
+    except Exception:
+        return damaged
+    if unknown:
+        return RefusedError(_refusal(path, unknown))
+    if "weights_only" in str(error) or "Weights only" in str(error):
+        return RefusedError(
+            f"{path} holds Python objects that the safe loader cannot make. Nothing was executed. "
+            "Use --opaque to carry them over unchanged."
+        )
+    return damaged
+
+
+def _refusal(path: Path, unknown: list[str]) -> str:
+    more = f" ({len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    modules = [n for n in unknown if n.startswith(("torch.nn.modules.", "ultralytics.nn."))]
+    if modules:
+        return (
+            f"{path} is or holds a whole pickled nn.Module ({modules[0]}), which only its own code "
+            "can open. Nothing was executed. Save model.state_dict() instead; --opaque carries it "
+            "over unchanged, for the state dicts beside it."
+        )
+    return (
+        f"{path} holds Python objects that the safe loader does not accept: {unknown[0]}{more}. "
+        "Nothing was executed. Use --opaque to carry them over unchanged."
+    )
+
+
+def _hidden(error: BaseException) -> BaseException | None:
+    """Find the interruption or the system's error that torch covered with its own."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) or not isinstance(chain, Exception):
+            return chain
+        chain = chain.__context__
+    return None

@@ -1,0 +1,132 @@
+"""Files of ``torch.save`` as a store: the loaded tree is edited in place and saved again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from .atomic import atomic_output
+from .compare import first_difference
+from .edit import Replacements
+from .groups import Group
+from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
+from .torchfile import TorchFile, load_torch, save_torch
+from .tree import specs_of, walk_leaves, walk_mappings
+
+__all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
+
+
+class TreeStore:
+    """A loaded tree, edited in place and saved as a torch zip.
+
+    Args:
+        path: of the checkpoint.
+        format: its name in reports.
+        file: what was loaded.
+        options: how.
+    """
+
+    def __init__(self, path: Path, format: str, file: TorchFile, options: ReadOptions) -> None:
+        self.path, self.format, self.file, self.options = path, format, file, options
+        self.warnings = file.warnings
+        self.opaque_globals = file.opaque_globals
+        self.tensors = sum(isinstance(leaf, Tensor) for _, leaf in walk_leaves(file.tree))
+        self._mappings = dict(walk_mappings(file.tree))
+
+    @property
+    def tree(self) -> Any:
+        """What was saved."""
+        return self.file.tree
+
+    def mappings(self) -> Mappings:
+        """Describe each dictionary of the tree."""
+        for path, mapping in self._mappings.items():
+            yield path, specs_of(mapping)
+
+    def mapping_objects(self) -> Iterable[tuple[tuple[Any, ...], MutableMapping[Any, Any]]]:
+        """Return each dictionary of the tree with its path."""
+        return self._mappings.items()
+
+    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+        """Return one tensor of a mapping."""
+        tensor = self._mappings[path][key]
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def rows(self, group: Group, key: str) -> list[list[float]]:
+        """Return a running statistic as numbers."""
+        tensor = self.tensor(group.path, key).detach().double()
+        rows: list[list[float]] = tensor.reshape(group.ranks or 1, group.channels).tolist()
+        return rows
+
+    def count(self, group: Group) -> int | None:
+        """Return the largest counter of a group."""
+        return int(self.tensor(group.path, group.keys[2]).max()) if group.counted else None
+
+    def replace(self, replacements: Replacements) -> None:
+        """Put new tensors in the places of old ones."""
+        for (path, key), new in replacements.items():
+            self._mappings[path][key] = new
+
+    def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
+        """Put the replacements into the tree and save it."""
+        self.replace(replacements)
+        grown = sum(new.nbytes for new in replacements.values())
+        write_tree(self.file, dst, self.path.stat().st_size + grown, options, self.options)
+
+
+def open_torch(path: Path, format: str, options: ReadOptions) -> TreeStore:
+    """Load a torch zip or legacy file."""
+    file = load_torch(
+        path,
+        opaque=options.opaque,
+        allow_globals=options.allow_globals,
+        allow_compressed=options.allow_compressed,
+    )
+    return TreeStore(path, format, file, options)
+
+
+def write_tree(
+    file: TorchFile, dst: Path, expected: int, options: WriteOptions, reading: ReadOptions
+) -> None:
+    """Save a tree as a torch zip, read it back, and only then let it appear.
+
+    Raises:
+        VerificationError: what was read back is not what was meant.
+    """
+    with atomic_output(
+        dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
+    ) as stream:
+        save_torch(file, Counted(stream, options.progress, expected))
+        stream.flush()
+        if options.verify:
+            written = load_torch(
+                Path(stream.name),
+                opaque=reading.opaque,
+                allow_globals=reading.allow_globals,
+                allow_compressed=True,
+            )
+            difference = first_difference(file.tree, written.tree)
+            if difference is not None:
+                raise read_back_error(dst, difference)
+        options.before_publish()
+
+
+class Counted:
+    """A file that tells how much was written to it."""
+
+    def __init__(self, file: IO[bytes], progress: Progress | None, expected: int) -> None:
+        self._file, self._progress, self._expected = file, progress, expected
+        self._written = 0
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        """Write, then tell."""
+        size = self._file.write(data)
+        self._written += size
+        if self._progress is not None:
+            self._progress(self._written, self._expected)
+        return size

@@ -1,0 +1,95 @@
+"""The mappings of a loaded checkpoint: found, described and edited in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .groups import TensorSpec
+from .opaque import InertObject
+
+__all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
+
+Path = tuple[Any, ...]
+
+
+def walk_mappings(tree: Any) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
+    """Yield each mapping of a nested tree once, with the keys that lead to it, in order.
+
+    Cycles end, and a mapping that is shared appears under the first of its paths. Dictionaries,
+    lists and tuples are looked into, and the items of unknown dictionaries; objects are not.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), tree)]
+    while stack:
+        path, node = stack.pop()
+        if id(node) in seen:
+            continue
+        children = list(_children(node))
+        if children:
+            seen.add(id(node))
+        if isinstance(node, InertObject):
+            node = node.items
+        if isinstance(node, dict):
+            yield path, node
+        stack.extend(((*path, key), value) for key, value in reversed(children))
+
+
+def walk_leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
+    """Yield everything in a nested tree that is no container, in order, with its path."""
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), tree)]
+    while stack:
+        path, node = stack.pop()
+        if not isinstance(node, (dict, list, tuple)):
+            yield path, node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.extend(((*path, key), value) for key, value in reversed(list(_children(node))))
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node)
+    elif isinstance(node, InertObject):
+        yield from node.items.items()
+
+
+def specs_of(mapping: Mapping[Any, Any]) -> dict[Any, TensorSpec | None]:
+    """Describe the values of a mapping; None for what is no tensor."""
+    return {
+        key: spec_of(value) if isinstance(value, Tensor) else None for key, value in mapping.items()
+    }
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Describe one tensor, with the reason if its values cannot be handled."""
+    refusal = _refusal(tensor)
+    try:
+        shape = tuple(tensor.shape)
+    except (RuntimeError, ValueError):  # an uninitialised parameter of a lazy layer has none
+        shape = ()
+    return TensorSpec(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=shape,
+        floating=tensor.is_floating_point(),
+        refusal=refusal,
+    )
+
+
+def _refusal(tensor: Tensor) -> str | None:
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return (
+            f"is a {type(tensor).__name__}, a part of a sharded or special tensor; "
+            "gather the full state dict before saving it"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"is stored as {tensor.layout}, not as a plain tensor; save it dense"
+    if tensor.is_meta:
+        return "has no data (it was saved from the meta device); save the model with its weights"
+    return None

@@ -1,0 +1,121 @@
+"""The command line: each command calls one public function. Only this package imports click."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import CheckpointError, ConfigurationError, DistBNError
+from .checkpoints import convert, gather, inspect, revert, verify
+from .models import models
+from .streams import Terminated, catch_signals, echo_json
+
+__all__ = ["main"]
+
+_EXIT_CODES = """\b
+Exit status:
+    0  done, or a dry run that would be
+    1  unexpected failure    2  wrong usage
+    3  nothing to do: no BatchNorm, or already in the wanted form
+    4  refused: unsafe, or of a kind that is not handled
+    5  unreadable: damaged, truncated, not a checkpoint
+    6  the output exists, or is the input
+    7  not found, no permission, no space
+    8  verification failed
+    130, 143  interrupted, terminated"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXIT_CODES,
+)
+@click.version_option(__version__, prog_name="distbn-convert")
+def cli() -> None:
+    """Train on one GPU as if it were many: checkpoints and models with virtual ranks.
+
+    \b
+    Example:
+        $ distbn-convert convert plain.pth virtual.pth --vt-world-size 8
+        $ distbn-convert revert virtual.pth plain.pth --reduction mean
+    """
+
+
+for _command in (convert, revert, inspect, gather, verify, models):
+    cli.add_command(_command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its status; errors of this package become one line."""
+    args = sys.argv[1:] if args is None else args
+    catch_signals()
+    try:
+        cli.main(args, prog_name="distbn-convert", standalone_mode=False)
+    except BaseException as error:
+        sys.exit(_end(error, args))
+    sys.exit(0)
+
+
+def _end(error: BaseException, args: list[str]) -> int:
+    """Tell about an error and return the exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):  # the reader of our output had enough
+        sys.stderr.close()
+        return 1
+    code, status, message = _describe(error)
+    if "--json" in args:
+        echo_json({"schema": 1, "error": {"code": code, "message": message, "exit_code": status}})
+    elif isinstance(error, click.UsageError):
+        error.show()
+    else:
+        click.echo(f"Error: {message}", err=True)
+    if status == 1 and not isinstance(error, (DistBNError, click.ClickException)):
+        if {"-v", "--verbose"} & set(args):
+            traceback.print_exception(error)
+        else:
+            click.echo("This is a bug; please report it with what -v shows.", err=True)
+    return status
+
+
+def _describe(error: BaseException) -> tuple[str, int, str]:
+    """Return the word, the exit status and the sentence for an error."""
+    if isinstance(error, CheckpointError):
+        return _WORDS[error.exit_code], error.exit_code, _one_line(error)
+    if isinstance(error, ConfigurationError):
+        return "usage", 2, _one_line(error)
+    if isinstance(error, click.ClickException):
+        return (
+            "usage" if error.exit_code == 2 else "failed",
+            error.exit_code,
+            error.format_message(),
+        )
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return "interrupted", 130, "interrupted; nothing was written."
+    if isinstance(error, Terminated):
+        return "terminated", 143, "terminated; nothing was written."
+    if isinstance(error, DistBNError):
+        return "failed", 1, _one_line(error)
+    if isinstance(error, MemoryError):
+        return "memory", 1, "not enough memory. Nothing was written."
+    return "unexpected", 1, f"{type(error).__name__}: {_one_line(error)}"
+
+
+_WORDS = {
+    1: "failed",
+    3: "nothing-to-do",
+    4: "refused",
+    5: "unreadable",
+    6: "exists",
+    7: "io",
+    8: "verification",
+}
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,105 @@
+"""``distbn-convert models``: torchvision's zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .streams import echo_json
+
+__all__ = ["models"]
+
+
+class _ModelsGroup(click.Group):
+    """A group whose arguments are names of models, unless the first is a command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["list", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_ModelsGroup, invoke_without_command=True, subcommand_metavar="[NAMES]... | export"
+)
+@click.pass_context
+def models(context: click.Context) -> None:
+    """Print how many BatchNorm layers torchvision's models hold, or export one.
+
+    NAMES are torchvision's names or patterns with *; without any, all models are listed.
+
+    \b
+    Example:
+        $ distbn-convert models resnet18
+        resnet18  20
+    """
+    if context.invoked_subcommand is None:
+        _list((), False)
+
+
+@models.command("list", hidden=True)
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def list_(names: tuple[str, ...], as_json: bool) -> None:
+    """Print how many BatchNorm layers torchvision's models hold.
+
+    \b
+    Example:
+        $ distbn-convert models resnet18
+        resnet18  20
+    """
+    _list(names, as_json)
+
+
+@models.command()
+@click.argument("name")
+@click.argument("dst", type=click.Path())
+@click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
+@click.option("--weights", help="torchvision's pretrained weights, for example DEFAULT.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing DST.")
+def export(name: str, dst: str, vt_world_size: int, weights: str | None, force: bool) -> None:
+    """Write the state dict of a torchvision model with virtual ranks.
+
+    \b
+    Example:
+        $ distbn-convert models export resnet18 resnet18.pth --vt-world-size 8
+        wrote resnet18 with 8 virtual ranks to resnet18.pth
+    """
+    with _needs_torchvision():
+        from ..models import get_model
+    from ..checkpoint import save_state_dict
+
+    model = get_model(name, vt_world_size, weights)
+    save_state_dict(model.state_dict(), dst, overwrite=force)
+    click.echo(f"wrote {name} with {vt_world_size} virtual ranks to {dst}")
+
+
+def _list(names: tuple[str, ...], as_json: bool) -> None:
+    with _needs_torchvision():
+        from ..models import count_batch_norms, list_models
+    matched = list_models(include=list(names) or None)
+    if not matched:
+        raise click.ClickException(
+            f"expected names of torchvision models, but none matches {', '.join(names)}; "
+            "run the command without names to see them all."
+        )
+    counts = {name: count_batch_norms(name) for name in matched}
+    if as_json:
+        echo_json({"schema": 1, "command": "models", "batch_norms": counts})
+        return
+    width = max(map(len, matched))
+    for name, count in counts.items():
+        click.echo(f"{name:{width}}  {count}")
+
+
+@contextmanager
+def _needs_torchvision() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"this command needs {error.name}; install it with: pip install distbn_convert[models]"
+        ) from error

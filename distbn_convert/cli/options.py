@@ -1,0 +1,89 @@
+"""Options that several commands share; their names are the library's, with hyphens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+__all__ = ["output_options", "reading_options", "selecting_options", "talking_options"]
+
+Command = Callable[..., Any]
+
+
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+selecting_options = _together(
+    click.option(
+        "--include", multiple=True, metavar="GLOB", help="Only BatchNorms of this name; repeatable."
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="GLOB", help="Not BatchNorms of this name; repeatable."
+    ),
+    click.option(
+        "--state", metavar="PATH", help="Only this part of the file, for example model_ema."
+    ),
+    click.option(
+        "--ema-underscore", is_flag=True, help="Also MMCV's EMA copies (ema_..._running_mean)."
+    ),
+    click.option("--strict", is_flag=True, help="What would be a warning is an error."),
+)
+
+output_options = _together(
+    click.option(
+        "--format",
+        type=click.Choice(["auto", "torch", "safetensors"]),
+        default="auto",
+        show_default=True,
+        help="Of the output; auto is the input's.",
+    ),
+    click.option("-f", "--force", is_flag=True, help="Replace DST; accept any compression ratio."),
+    click.option("--in-place", is_flag=True, help="Write to SRC; leave DST out."),
+    click.option(
+        "--backup/--no-backup",
+        default=True,
+        show_default=True,
+        help="With --in-place, keep SRC as SRC.bak.",
+    ),
+    click.option("-n", "--dry-run", is_flag=True, help="Do everything but write."),
+    click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Read the output back and compare before it appears.",
+    ),
+    click.option(
+        "--fsync/--no-fsync",
+        default=True,
+        show_default=True,
+        help="Wait until the disk holds the output.",
+    ),
+)
+
+reading_options = _together(
+    click.option(
+        "--opaque", is_flag=True, help="Carry unknown Python objects through, unexecuted."
+    ),
+    click.option(
+        "--allow-global",
+        "allow_globals",
+        multiple=True,
+        metavar="NAME",
+        help="A class that the file may make, mypackage.Config; repeatable.",
+    ),
+    click.option("--check-input", is_flag=True, help="Compare the input with its checksums first."),
+)
+
+talking_options = _together(
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors alone."),
+    click.option("-v", "--verbose", is_flag=True, help="Print each BatchNorm, and tracebacks."),
+)

@@ -1,0 +1,85 @@
+"""Reports as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..checkpoint.places import human_size
+from ..checkpoint.report import CheckpointReport, FileInfo, GroupReport
+
+__all__ = ["summary", "table"]
+
+
+def summary(report: CheckpointReport, done: str) -> str:
+    """Return the one line that says what a command did: ``converted 20 BatchNorms to ...``."""
+    number = report.counts.get(done, 0)
+    layers = f"{number} BatchNorm{'s' if number != 1 else ''}"
+    what = {
+        "converted": f"to {report.virtual_ranks} virtual ranks",
+        "reverted": f"from {report.virtual_ranks or 'several numbers of'} virtual ranks "
+        f"by {report.reduction}",
+        "gathered": f"by {report.reduction}",
+    }[done]
+    if report.output is None:
+        return f"would have {done} {layers} {what}: {_file(report.source)}"
+    return f"{done} {layers} {what}: {report.source.path} -> {_file(report.output)}"
+
+
+def _file(info: FileInfo) -> str:
+    return f"{info.path} ({info.format}, {human_size(info.bytes)})"
+
+
+def table(report: CheckpointReport) -> str:
+    """Return what is in a file: one line about it, then a line for each BatchNorm."""
+    groups = report.groups
+    head = f"{_file(report.source)}: {report.tensors} tensors, {len(groups)} BatchNorms"
+    if report.virtual_ranks is not None:
+        head += f" with {report.virtual_ranks} virtual ranks"
+    if not groups:
+        return head
+    virtual = any(group.ranks is not None for group in groups)
+    rows = [["layer", "C", "dtype", "batches", *(["V", "means", "variances"] if virtual else [])]]
+    rows += [_row(group, virtual) for group in groups]
+    lines = [head, *_align(rows)]
+    if virtual:
+        lines.append(
+            "means, variances: standard deviation over the ranks, at the median (worst) channel;"
+        )
+        lines.append("of means in standard deviations of the channel, of variances relative to it")
+    return "\n".join(lines)
+
+
+def _row(group: GroupReport, virtual: bool) -> list[str]:
+    tracked = "-" if group.tracked is None else str(group.tracked)
+    row = [group.name or "(top level)", str(group.channels), group.dtype, tracked]
+    if virtual:
+        row += ["-" if group.ranks is None else str(group.ranks), *_spread(group)]
+    if group.action == "skipped":
+        row.append(f"skipped: {group.reason}")
+    elif group.reason is not None:
+        row.append(group.reason)
+    if group.nonfinite:
+        row.append(f"{group.nonfinite} not finite")
+    return row
+
+
+def _spread(group: GroupReport) -> list[str]:
+    spread = group.spread
+    if spread is None:
+        return ["-", "-"]
+    return [
+        f"{spread.mean_median:.3f} ({spread.mean_max:.3f})",
+        f"{spread.var_median:.1%} ({spread.var_max:.1%})",
+    ]
+
+
+def _align(rows: Sequence[list[str]]) -> list[str]:
+    """Pad the columns: names to the left, numbers to the right."""
+    columns = len(rows[0])
+    widths = [max(len(row[index]) for row in rows) for index in range(columns)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:columns], widths[1:], strict=True)]
+        lines.append("  ".join([*cells, *row[columns:]]).rstrip())
+    return lines

@@ -1,0 +1,109 @@
+"""Standard streams, signals and progress of the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+__all__ = ["ProgressBar", "Terminated", "catch_signals", "echo_json", "input_path", "output_path"]
+
+
+class Terminated(BaseException):
+    """SIGTERM came; raised so that what was begun is cleaned up."""
+
+
+def catch_signals() -> None:
+    """Turn SIGINT and SIGTERM into exceptions, the first one alone: cleaning up must finish."""
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+
+def echo_json(document: Any) -> None:
+    """Print one JSON document on stdout; what is not finite, which JSON lacks, becomes null."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def input_path(src: str) -> Iterator[Path]:
+    """Yield the path of the input; ``-`` is spooled to a file, since formats need to seek."""
+    if src != "-":
+        yield Path(src)
+        return
+    with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
+        path = Path(folder, "stdin")
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 24)
+        yield path
+
+
+@contextmanager
+def output_path(dst: str | None) -> Iterator[Path | None]:
+    """Yield the path of the output; what is written for ``-`` goes to stdout once it is complete.
+
+    Raises:
+        click.UsageError: ``-``, but stdout is a terminal.
+    """
+    if dst != "-":
+        yield None if dst is None else Path(dst)
+        return
+    if sys.stdout.isatty():
+        raise click.UsageError("a checkpoint is not for the terminal; redirect stdout to a file.")
+    with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
+        path = Path(folder, "stdout")
+        yield path
+        if path.exists():
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer, 1 << 24)
+            sys.stdout.buffer.flush()
+
+
+class ProgressBar:
+    """A bar on stderr for writing that takes more than a second; nothing if that is no terminal."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._started = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.render_finish()
+
+    def __call__(self, done: int, expected: int) -> None:
+        """Show how many bytes of those expected are written."""
+        if not self._enabled or time.monotonic() - self._started < 1:
+            return
+        if self._bar is None:
+            self._bar = click.progressbar(length=expected, label="writing", file=sys.stderr)
+        self._bar.update(min(done, expected) - self._bar.pos)

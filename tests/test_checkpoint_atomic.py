@@ -1,0 +1,617 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import resource
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbn_convert.checkpoint import rename
+from distbn_convert.checkpoint.atomic import atomic_folder, atomic_output, same_file
+from distbn_convert.checkpoint.places import human_size, new_temporary
+from distbn_convert.errors import FileAccessError, OutputExistsError
+
+IN_ONE_DAY = 86400
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    old = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=["unnamed", "named"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to write a new file: without a name until it is complete, or with a temporary."""
+    if request.param == "named":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    return request.param
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_new_file_appears_complete_with_the_mode_of_the_umask(
+    tmp_path: Path, way: str, overwrite: bool
+) -> None:
+    with umask(0o027), atomic_output(tmp_path / "a", overwrite=overwrite) as file:
+        file.write(b"one")
+        assert not (tmp_path / "a").exists()
+        file.write(b"two")
+    assert (tmp_path / "a").read_bytes() == b"onetwo"
+    assert mode(tmp_path / "a") == 0o640
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("old_mode", [0o600, 0o644, 0o755])
+def test_an_overwritten_file_keeps_its_mode_and_owner(tmp_path: Path, old_mode: int) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(old_mode)
+    if os.getuid() == 0:
+        os.chown(path, 12345, 23456)
+    before = path.stat()
+    with atomic_output(path, overwrite=True) as file:
+        assert mode(Path(file.name)) == 0o600
+        assert path.read_bytes() == b"old"
+        file.write(b"new")
+    after = path.stat()
+    assert path.read_bytes() == b"new"
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_was_written_can_be_read_back_before_it_is_published(tmp_path: Path, way: str) -> None:
+    with atomic_output(tmp_path / "a") as file:
+        torch.save(torch.arange(5), file)
+        file.flush()
+        assert torch.load(file.name, mmap=True).tolist() == [0, 1, 2, 3, 4]
+        assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_exception_of_any_kind_leaves_what_was_there(
+    tmp_path: Path, way: str, overwrite: bool, error: type[BaseException]
+) -> None:
+    if overwrite:
+        (tmp_path / "a").write_bytes(b"old")
+    before = names(tmp_path)
+
+    def write() -> None:
+        with atomic_output(tmp_path / "a", overwrite=overwrite) as file:
+            file.write(b"x" * 100)
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == before
+    assert not overwrite or (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_an_existing_file_is_left_alone_without_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with (
+        pytest.raises(OutputExistsError, match="a exists; use overwrite=True"),
+        atomic_output(tmp_path / "a"),
+    ):
+        raise AssertionError
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("system", ["linux", "no renameat2", "no hard links"])
+def test_a_file_that_appears_meanwhile_is_left_alone(
+    tmp_path: Path, way: str, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restrict(monkeypatch, system)
+
+    def write() -> None:
+        with atomic_output(tmp_path / "a") as file:
+            file.write(b"mine")
+            (tmp_path / "a").write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError, match="a appeared meanwhile and was left alone"):
+        write()
+    assert (tmp_path / "a").read_bytes() == b"theirs"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("system", ["linux", "no renameat2", "no hard links"])
+def test_each_system_writes_the_same_file(
+    tmp_path: Path, way: str, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restrict(monkeypatch, system)
+    with atomic_output(tmp_path / "a") as file:
+        file.write(b"x" * 1000)
+    assert (tmp_path / "a").read_bytes() == b"x" * 1000
+    assert names(tmp_path) == ["a"]
+
+
+def restrict(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """Take from the system what not every one has."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if system != "linux":
+        monkeypatch.setattr(rename, "_renameat2", lambda *args: False)
+    if system == "no hard links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def test_of_many_writers_exactly_one_wins(tmp_path: Path, way: str) -> None:
+    barrier = threading.Barrier(8)
+    outcomes: list[str] = []
+
+    def write(number: int) -> None:
+        try:
+            with atomic_output(tmp_path / "a", fsync=False) as file:
+                file.write(bytes([number]) * 1000)
+                barrier.wait()
+            outcomes.append("written")
+        except OutputExistsError:
+            outcomes.append("exists")
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["exists"] * 7 + ["written"]
+    content = (tmp_path / "a").read_bytes()
+    assert content == content[:1] * 1000
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real/a")
+    with atomic_output(tmp_path / "link", overwrite=True) as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "a").read_bytes() == b"new"
+    assert names(tmp_path / "real") == ["a"]
+
+
+def test_a_link_to_nothing_gets_its_target(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("a")
+    with atomic_output(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_an_overwritten_file_can_still_be_read_by_who_has_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(torch.arange(1000), path)
+    mapped = torch.load(path, mmap=True)
+    with atomic_output(path, overwrite=True) as file:
+        torch.save(mapped * 2, file)
+    assert mapped.sum() == 499500
+    assert torch.load(path).sum() == 999000
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("none/a", errno.ENOENT, "the folder .*none does not exist; make it first"),
+        ("file/a", errno.ENOTDIR, "cannot (write|look at) .*file/a: "),
+        ("folder", errno.EISDIR, "it is a folder; give the name of a file in it"),
+        ("fifo", errno.EINVAL, "it is not a regular file"),
+        ("new/", errno.EISDIR, "that is the name of a folder"),
+        ("loop", errno.ELOOP, "too many levels of symbolic links"),
+        ("a" * 300, errno.ENAMETOOLONG, "file name too long"),
+    ],
+)
+def test_a_place_that_cannot_hold_a_file_is_told(
+    tmp_path: Path, name: str, code: int, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    before = names(tmp_path)
+    with (
+        pytest.raises(FileAccessError, match=message) as caught,
+        atomic_output(f"{tmp_path}/{name}", overwrite=True),
+    ):
+        raise AssertionError
+    assert caught.value.errno == code
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("length", [200, 255])
+def test_the_longest_name_of_the_file_system_is_fine(tmp_path: Path, length: int) -> None:
+    with atomic_output(tmp_path / ("é" * (length // 2) + "a" * (length % 2)), overwrite=True):
+        pass
+    assert len(names(tmp_path)) == 1
+
+
+def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileAccessError) as caught,
+        atomic_output(tmp_path / "a", expected_bytes=2_100_000_000_000_000),
+    ):
+        raise AssertionError
+    text = str(caught.value)
+    assert text.startswith(f"not enough space in {tmp_path}: needs 2100.0 TB, has ")
+    assert text.endswith("; nothing was written.")
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("writer", ["torch", "pickle", "bytes", "small"])
+def test_a_file_that_grows_too_large_is_told_whoever_wrote_it(
+    tmp_path: Path, way: str, overwrite: bool, writer: str
+) -> None:
+    write = {
+        "torch": lambda file: torch.save(torch.zeros(10_000_000), file),
+        "pickle": lambda file: pickle.dump(bytes(40_000_000), file),
+        "bytes": lambda file: file.write(bytes(40_000_000)),
+        "small": lambda file: file.write(bytes(2_000_000)),  # fails in the last flush
+    }[writer]
+    if overwrite:
+        (tmp_path / "a").write_bytes(b"old")
+    before = names(tmp_path)
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*a: file too large\.") as caught,
+        largest_file(1_000_000),
+        atomic_output(tmp_path / "a", overwrite=overwrite) as file,
+    ):
+        write(file)
+    assert caught.value.errno == errno.EFBIG
+    assert names(tmp_path) == before
+    assert not overwrite or (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_failed_write_that_the_writer_hides_is_still_found(tmp_path: Path, way: str) -> None:
+    with (
+        pytest.raises(FileAccessError, match="file too large"),
+        largest_file(1_000_000),
+        atomic_output(tmp_path / "a") as file,
+        contextlib.suppress(OSError),
+    ):
+        file.write(bytes(40_000_000))
+    assert names(tmp_path) == []
+
+
+def test_the_cause_is_found_behind_errors_of_the_writer(tmp_path: Path) -> None:
+    def fail() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    with (
+        pytest.raises(FileAccessError, match=r"no space left on device \(.* free in ") as caught,
+        atomic_output(tmp_path / "a"),
+    ):
+        fail()
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_errors_that_are_not_about_the_output_pass_unchanged(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match="source"),
+        atomic_output(tmp_path / "a"),
+        open(tmp_path / "source", "rb"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "fchmod"])
+def test_a_failing_last_step_leaves_the_old_file(
+    tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, function, fail)
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*a: input/output error") as caught,
+        atomic_output(tmp_path / "a", overwrite=True) as file,
+    ):
+        file.write(b"new")
+    monkeypatch.undo()
+    assert caught.value.errno == errno.EIO
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_file_and_folder_are_flushed_to_the_disk_unless_unwanted(
+    tmp_path: Path, way: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[bool] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    for wanted, expected in ((True, [False, True]), (False, [])):
+        flushed.clear()
+        with atomic_output(tmp_path / f"{wanted}", overwrite=overwrite, fsync=wanted):
+            pass
+        assert flushed == expected
+
+
+def test_a_system_that_will_not_name_an_unnamed_file_still_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restrict(monkeypatch, "no hard links")
+    with umask(0o022), atomic_output(tmp_path / "a") as file:
+        unnamed = file.name.startswith("/proc/")
+        file.write(b"x" * 1000)
+    if not unnamed:
+        pytest.skip("this file system has no files without a name")
+    assert (tmp_path / "a").read_bytes() == b"x" * 1000
+    assert mode(tmp_path / "a") == 0o644
+    assert names(tmp_path) == ["a"]
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_next_run_removes_old_leftovers_of_dead_processes_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    dead, alive = dead_pid(), os.getppid()
+    old, new = time.time() - IN_ONE_DAY, time.time()
+    leftovers = {
+        f".a.{dead}.0123abcd.distbn-tmp": (old, False),
+        f".a.{os.getpid()}.0123abcd.distbn-tmp": (old, False),
+        f".a.{dead}.0123abce.distbn-tmp": (new, True),
+        f".a.{alive}.0123abcd.distbn-tmp": (old, True),
+        f".b.{dead}.0123abcd.distbn-tmp": (old, True),
+        f".a.{dead}.0123abcd.tmp": (old, True),
+        f"x.a.{dead}.0123abcd.distbn-tmp": (old, True),
+    }
+    for name, (age, _) in leftovers.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    folder = tmp_path / f".a.{dead}.fedcba98.distbn-tmp"
+    (folder / "inner").mkdir(parents=True)
+    os.utime(folder, (old, old))
+    ours = new_temporary(tmp_path / "a")
+    ours.touch()
+    os.utime(ours, (old, old))
+    with atomic_output(tmp_path / "a"):
+        pass
+    kept = {name for name, (_, stays) in leftovers.items() if stays}
+    assert set(names(tmp_path)) == kept | {"a", ours.name}
+
+
+def test_same_file_sees_through_links_and_spelling(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"same")
+    (tmp_path / "b").write_bytes(b"same")
+    (tmp_path / "soft").symlink_to("a")
+    os.link(tmp_path / "a", tmp_path / "hard")
+    for name in ("a", "soft", "hard", f"../{tmp_path.name}/./a"):
+        assert same_file(tmp_path / "a", f"{tmp_path}/{name}")
+    for name in ("b", "none"):
+        assert not same_file(tmp_path / "a", tmp_path / name)
+    assert not same_file(tmp_path / "none", tmp_path / "none")
+
+
+@given(st.integers(0, 10**18))
+def test_sizes_are_short_and_close(count: int) -> None:
+    number, unit = human_size(count).split()
+    factor = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(number) * factor == pytest.approx(count, rel=0.06)
+    assert unit == "TB" or float(number) < 1000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_950, "1.0 MB"), (2.1e9, "2.1 GB")],
+)
+def test_sizes_read_as_people_write_them(count: int, text: str) -> None:
+    assert human_size(int(count)) == text
+
+
+def fill(folder: Path, content: dict[str, str]) -> None:
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_new_folder_appears_complete_with_the_mode_of_the_umask(tmp_path: Path) -> None:
+    with umask(0o027), atomic_folder(tmp_path / "out") as folder:
+        fill(folder, {"a": "1", "sub/b": "2"})
+        assert not (tmp_path / "out").exists()
+        assert folder.parent == tmp_path
+    assert content(tmp_path / "out") == {"a": "1", "sub/b": "2"}
+    assert mode(tmp_path / "out") == 0o750
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("system", ["linux", "no renameat2"])
+def test_a_folder_is_replaced_whole_and_keeps_its_mode(
+    tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restrict(monkeypatch, system)
+    fill(tmp_path / "out", {"a": "old"})
+    (tmp_path / "out").chmod(0o711)
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder, {"a": "new", "b": "more"})
+        assert content(tmp_path / "out") == {"a": "old"}
+    assert content(tmp_path / "out") == {"a": "new", "b": "more"}
+    assert mode(tmp_path / "out") == 0o711
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_folder(
+    tmp_path: Path, overwrite: bool, error: type[BaseException]
+) -> None:
+    if overwrite:
+        fill(tmp_path / "out", {"a": "old"})
+    before = names(tmp_path)
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out", overwrite=overwrite) as folder:
+            fill(folder, {"a": "new"})
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == before
+    assert not overwrite or content(tmp_path / "out") == {"a": "old"}
+
+
+@pytest.mark.parametrize("system", ["linux", "no renameat2"])
+def test_a_failing_exchange_leaves_the_old_folder(
+    tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "out", {"a": "old"})
+    restrict(monkeypatch, system)
+    real = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if str(source).endswith("-tmp"):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    if system == "linux":
+        monkeypatch.setattr("distbn_convert.checkpoint.folders.exchange", fail)
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*out: input/output error"),
+        atomic_folder(tmp_path / "out", overwrite=True) as folder,
+    ):
+        fill(folder, {"a": "new"})
+    assert content(tmp_path / "out") == {"a": "old"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / "out", {"a": "old", "notes.txt": "dear", "runs/1": "x"})
+    with (
+        pytest.raises(OutputExistsError, match=r"would not: notes\.txt, runs, runs/1; remove"),
+        atomic_folder(tmp_path / "out", overwrite=True) as folder,
+    ):
+        fill(folder, {"a": "new"})
+    assert content(tmp_path / "out") == {"a": "old", "notes.txt": "dear", "runs/1": "x"}
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("system", ["linux", "no renameat2"])
+@pytest.mark.parametrize("theirs", [{"a": "theirs"}, {}])
+def test_a_folder_that_appears_meanwhile_is_left_alone(
+    tmp_path: Path, system: str, theirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restrict(monkeypatch, system)
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            fill(folder, {"a": "mine"})
+            (tmp_path / "out").mkdir()
+            fill(tmp_path / "out", theirs)
+
+    with pytest.raises(OutputExistsError, match="out appeared meanwhile"):
+        write()
+    assert content(tmp_path / "out") == theirs
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_place_that_cannot_hold_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "there").mkdir()
+    cases = [
+        ("file", True, FileAccessError, "it is no folder"),
+        ("there", False, OutputExistsError, "there exists; use overwrite=True"),
+        ("none/out", False, FileAccessError, "none does not exist"),
+    ]
+    for name, overwrite, kind, message in cases:
+        with (
+            pytest.raises(kind, match=message),
+            atomic_folder(tmp_path / name, overwrite=overwrite),
+        ):
+            raise AssertionError
+    with (
+        pytest.raises(FileAccessError, match="not enough space in"),
+        atomic_folder(tmp_path / "out", expected_bytes=10**16),
+    ):
+        raise AssertionError
+    assert names(tmp_path) == ["file", "there"]
+
+
+def test_a_failure_inside_is_told_under_the_name_that_the_user_gave(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileAccessError) as caught,
+        largest_file(1000),
+        atomic_folder(tmp_path / "out") as folder,
+        atomic_output(folder / "model.bin") as file,
+    ):
+        file.write(bytes(2000))
+    assert str(caught.value) == f"cannot write {tmp_path}/out/model.bin: file too large."
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*out: file too large\.") as caught,
+        largest_file(1000),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "model.bin").write_bytes(bytes(2000))
+    assert caught.value.errno == errno.EFBIG
+    assert names(tmp_path) == []
+
+
+def test_nothing_here_imports_torch_or_click() -> None:
+    module = "distbn_convert.checkpoint.atomic"
+    code = f"import sys, {module}; print(sorted({{'torch', 'click'}} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,225 @@
+"""Files of several real ranks united; the spread between ranks drawn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from distbn_convert.checkpoint import (
+    convert_checkpoint,
+    gather_checkpoints,
+    inspect_checkpoint,
+    plot_spread,
+    revert_checkpoint,
+)
+from distbn_convert.errors import (
+    ConfigurationError,
+    NothingToDoError,
+    ReadError,
+    RefusedError,
+)
+from distbn_convert.replicas import reduce_statistics
+
+from .checkpoints import BATCH_NORMS, Net, load, run_cli, train
+
+
+def rank_files(folder: Path, ranks: int = 3) -> list[Path]:
+    """What ranks save that start from one model and see other data: weights equal, buffers not."""
+    paths = []
+    for rank in range(ranks):
+        torch.manual_seed(0)
+        model = Net()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, torch.optim.SGD(model.parameters(), lr=0.0), seed=rank)
+        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+        content = {"model": model.state_dict(), "rank": rank, "rng": torch.get_rng_state()}
+        paths.append(folder / f"rank{rank}.pth")
+        torch.save(content, paths[-1])
+    return paths
+
+
+def test_case_40_files_of_ranks_become_virtual_ranks(tmp_path: Path) -> None:
+    paths = rank_files(tmp_path)
+    report = gather_checkpoints(paths, tmp_path / "all.pth")
+    assert report.counts == {"gathered": BATCH_NORMS}
+    assert report.virtual_ranks == 3
+    assert any("differs from the first file in rank" in warning for warning in report.warnings)
+    united, parts = load(tmp_path / "all.pth"), [load(path)["model"] for path in paths]
+    assert united["rank"] == 0
+    for key, value in united["model"].items():
+        if key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(value, torch.stack([part[key] for part in parts]))
+        else:
+            assert torch.equal(value, parts[0][key])
+    assert not torch.equal(parts[0]["head.running_mean"], parts[1]["head.running_mean"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "pooled"])
+def test_gathering_with_a_reduction_equals_stacking_and_reverting(
+    tmp_path: Path, reduction: str
+) -> None:
+    paths = rank_files(tmp_path)
+    gather_checkpoints(paths, tmp_path / "all.pth")
+    revert_checkpoint(tmp_path / "all.pth", tmp_path / "reverted.pth", reduction)
+    gather_checkpoints(paths, tmp_path / "direct.pth", reduction)
+    assert (tmp_path / "direct.pth").read_bytes() == (tmp_path / "reverted.pth").read_bytes()
+
+
+def test_virtual_ranks_of_real_ranks_are_stacked_in_order_and_pooled_at_once(
+    tmp_path: Path,
+) -> None:
+    paths = rank_files(tmp_path, 2)
+    virtual = []
+    for path in paths:
+        content = load(path)
+        for key, value in content["model"].items():
+            if "running" in key:
+                content["model"][key] = torch.stack([value, value * 2])
+            elif "num_batches" in key:
+                content["model"][key] = torch.stack([value, value + 1])
+        virtual.append(path.with_name("v" + path.name))
+        torch.save(content, virtual[-1])
+    report = gather_checkpoints(virtual, tmp_path / "all.pth")
+    assert report.virtual_ranks == 4
+    rows = [load(path)["model"] for path in virtual]
+    mean, var = (
+        torch.cat([part[f"head.{name}"] for part in rows])
+        for name in ("running_mean", "running_var")
+    )
+    assert torch.equal(load(tmp_path / "all.pth")["model"]["head.running_mean"], mean)
+    gather_checkpoints(virtual, tmp_path / "pooled.pth", "pooled")
+    pooled = load(tmp_path / "pooled.pth")["model"]
+    expected = reduce_statistics(mean, var, "pooled")
+    assert torch.equal(pooled["head.running_mean"], expected[0])
+    assert torch.equal(pooled["head.running_var"], expected[1])
+
+
+def change(path: Path, key: str, value: Any) -> None:
+    content = load(path)
+    if value is None:
+        del content["model"][key]
+    else:
+        content["model"][key] = value
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("fc.weight", torch.zeros(4, 5), r"the values of model\.fc\.weight differ"),
+        ("fc.weight", torch.zeros(4, 6), r"model\.fc\.weight is float32 \(4, 5\) and .*\(4, 6\)"),
+        ("fc.bias", None, r"model\.fc\.bias is in .*rank0\.pth alone"),
+        ("extra", torch.zeros(1), r"model\.extra is in .*rank1\.pth alone"),
+    ],
+)
+def test_case_40_files_that_differ_in_more_than_statistics_are_refused(
+    tmp_path: Path, key: str, value: Any, reason: str
+) -> None:
+    paths = rank_files(tmp_path, 2)
+    change(paths[1], key, value)
+    with pytest.raises(ReadError, match=reason):
+        gather_checkpoints(paths, tmp_path / "all.pth")
+    assert sorted(os.listdir(tmp_path)) == ["rank0.pth", "rank1.pth"]
+
+
+def test_case_40_files_of_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    paths = rank_files(tmp_path, 2)
+    for path, ranks in zip(paths, (2, 3), strict=True):
+        convert_checkpoint(path, None, ranks, in_place=True)
+    with pytest.raises(ReadError, match=r"conv1_BN\.running_mean is float32 \(2, 5\) and .*\(3, 5"):
+        gather_checkpoints(paths, tmp_path / "all.pth")
+
+
+def test_gather_needs_two_files_and_knows_its_reductions(tmp_path: Path) -> None:
+    paths = rank_files(tmp_path, 2)
+    with pytest.raises(ConfigurationError, match="at least two inputs"):
+        gather_checkpoints(paths[:1], tmp_path / "all.pth")
+    with pytest.raises(ConfigurationError, match="'stack', 'mean', 'pooled'"):
+        gather_checkpoints(paths, tmp_path / "all.pth", "select")
+
+
+def test_safetensors_of_ranks_are_gathered_too(tmp_path: Path, capsys: Any) -> None:
+    names = []
+    for path in rank_files(tmp_path, 2):
+        names.append(path.with_suffix(".safetensors"))
+        save_file(load(path)["model"], names[-1])
+    done = run_cli(capsys, "gather", *names, tmp_path / "all.safetensors", "--json")
+    assert done.code == 0, done.err
+    assert done.json["virtual_ranks"] == 2
+    assert done.json["counts"] == {"gathered": BATCH_NORMS}
+
+
+def test_case_40_a_dtensor_statistic_is_refused_and_another_dtensor_passes(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state: dict[str, Any] = dict(nn.BatchNorm1d(3).state_dict(prefix="bn."))
+        state["fc.weight"] = distribute_tensor(torch.rand(2, 3), mesh, [Replicate()])
+        torch.save(state, tmp_path / "weights.pth")
+        state["bn.running_mean"] = distribute_tensor(torch.rand(3), mesh, [Replicate()])
+        torch.save(state, tmp_path / "stats.pth")
+        expected = (tmp_path / "weights.pth").read_bytes()
+        convert_checkpoint(tmp_path / "weights.pth", tmp_path / "v.pth", 2)
+        revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth")
+        back = load(tmp_path / "back.pth")
+        assert type(back["fc.weight"]).__name__ == "DTensor"
+        assert torch.equal(back["fc.weight"].to_local(), state["fc.weight"].to_local())
+        assert (tmp_path / "weights.pth").read_bytes() == expected
+        with pytest.raises(RefusedError, match=r"statistic of bn is a DTensor"):
+            convert_checkpoint(tmp_path / "stats.pth", tmp_path / "o.pth", 2)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def virtual(tmp_path: Path) -> Path:
+    gather_checkpoints(rank_files(tmp_path), tmp_path / "virtual.pth")
+    return tmp_path / "virtual.pth"
+
+
+def test_the_plot_names_every_layer_and_its_numbers(virtual: Path, capsys: Any) -> None:
+    svg = virtual.with_name("spread.svg")
+    assert run_cli(capsys, "inspect", virtual, "--plot", svg).code == 0
+    texts = [element.text for element in ElementTree.parse(svg).iter() if element.text]
+    text = " ".join(texts)
+    for label in ("conv1_BN  [5]", "downsample.1  [5]", "head  [4]", "running_mean", "running_var"):
+        assert label in text
+    assert "virtual.pth: how far 3 virtual ranks disagree in 3 BatchNorm layers" in text
+    worst = max(g.spread.mean_max for g in inspect_checkpoint(virtual).groups if g.spread)
+    assert f"{worst:.2g}" in text
+
+
+def test_the_plot_comes_as_a_picture_and_as_a_page(virtual: Path) -> None:
+    report = inspect_checkpoint(virtual)
+    plot_spread(report, virtual.with_name("spread.png"))
+    png = virtual.with_name("spread.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 10_000
+    plot_spread(report, virtual.with_name("spread.html"))
+    page = virtual.with_name("spread.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "<svg" in page
+    assert "</html>" in page
+    plot_spread(report, virtual.with_name("again.html"))
+    assert virtual.with_name("again.html").read_text() == page
+
+
+def test_a_plot_needs_virtual_ranks_and_a_known_ending(virtual: Path) -> None:
+    report = inspect_checkpoint(virtual)
+    with pytest.raises(ConfigurationError, match=r"\*\.png"):
+        plot_spread(report, virtual)
+    plain = inspect_checkpoint(virtual.with_name("rank0.pth"))
+    with pytest.raises(NothingToDoError, match="no virtual ranks to compare"):
+        plot_spread(plain, virtual.with_name("p.png"))

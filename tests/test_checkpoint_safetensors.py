@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
+
+from distbn_convert.checkpoint.atomic import atomic_output
+from distbn_convert.checkpoint.header import DTYPE_BITS, encode_header
+from distbn_convert.checkpoint.safetensors import (
+    Header,
+    read_bytes,
+    read_header,
+    read_tensor,
+    rewrite,
+    write,
+)
+from distbn_convert.errors import FileAccessError, ReadError, RefusedError
+
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32),
+    *(torch.int64, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Any dtype and shape, any bits."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    count = torch.Size(shape).numel() * dtype.itemsize
+    data = torch.randint(2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8)
+    return data.view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+
+names = TEXT.filter(lambda name: name != "__metadata__")
+states = st.dictionaries(names, tensors(), max_size=6)
+metadatas = st.none() | st.dictionaries(TEXT, TEXT, max_size=3)
+# Of no tensors but metadata the package makes "{},...", which it cannot read itself.
+cases = st.tuples(states, metadatas).map(lambda case: case if case[0] else ({}, None))
+
+
+def bits(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).tolist())
+        for name, tensor in state.items()
+    }
+
+
+def metadata_of(content: bytes) -> dict[str, str] | None:
+    return json.loads(content[8 : 8 + struct.unpack_from("<Q", content)[0]]).get("__metadata__")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("safetensors") / "a.safetensors"
+
+
+def written(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    out = io.BytesIO()
+    write(out, state, metadata)
+    return out.getvalue()
+
+
+def rewritten(path: Path, replacements: Mapping[str, Tensor]) -> bytes:
+    out = io.BytesIO()
+    rewrite(path, out, read_header(path), replacements)
+    return out.getvalue()
+
+
+@given(cases)
+def test_what_is_written_is_byte_for_byte_what_the_package_writes(
+    case: tuple[dict[str, Tensor], dict[str, str] | None],
+) -> None:
+    state, metadata = case
+    if metadata is not None and len(metadata) > 1:  # the package writes these in random order
+        assert bits(load(written(state, metadata))) == bits(state)
+        assert metadata_of(written(state, metadata)) == metadata
+        assert written(state, dict(reversed(metadata.items()))) == written(state, metadata)
+    else:
+        assert written(state, metadata) == save(state, metadata)
+
+
+@given(cases)
+def test_every_tensor_is_read_as_the_package_reads_it(
+    path: Path, case: tuple[dict[str, Tensor], dict[str, str] | None]
+) -> None:
+    state, metadata = case
+    path.write_bytes(save(state, metadata))
+    header = read_header(path)
+    assert bits({name: read_tensor(path, header, name) for name in header.tensors}) == bits(state)
+    assert header.metadata == metadata
+    assert header.size == path.stat().st_size
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_rewriting_is_loading_replacing_and_saving(path: Path, data: st.DataObject) -> None:
+    state, metadata = data.draw(cases)
+    chosen = data.draw(st.sets(st.sampled_from(sorted(state)))) if state else set()
+    replacements = {name: data.draw(tensors()) for name in chosen}
+    path.write_bytes(save(state, metadata))
+    content = rewritten(path, replacements)
+    assert bits(load(content)) == bits({**state, **replacements})
+    assert metadata_of(content) == metadata
+    order = list(read_header(path).tensors)
+    path.write_bytes(content)
+    assert list(read_header(path).tensors) == order
+
+
+@given(cases)
+def test_rewriting_without_a_change_gives_the_same_bytes(
+    path: Path, case: tuple[dict[str, Tensor], dict[str, str] | None]
+) -> None:
+    state, metadata = case
+    path.write_bytes(save(state, metadata))
+    assert rewritten(path, {}) == path.read_bytes()
+
+
+def test_a_batch_norm_becomes_virtual_in_a_stream(tmp_path: Path) -> None:
+    source, target = tmp_path / "plain.safetensors", tmp_path / "virtual.safetensors"
+    state = {"conv": torch.randn(3_000_000), "bn.running_mean": torch.randn(5), "z": torch.ones(2)}
+    save_file(state, source, {"format": "pt"})
+    new = {"bn.running_mean": state["bn.running_mean"].expand(8, 5)}
+    seen: list[tuple[int, int]] = []
+    header = read_header(source)
+    with atomic_output(target) as out:
+        result = rewrite(source, out, header, new, progress=lambda *step: seen.append(step))
+    loaded = load_file(target)
+    assert bits(loaded) == bits({**state, **new})
+    assert result == read_header(target)
+    assert seen[-1] == (target.stat().st_size, target.stat().st_size)
+    assert all(before[0] < after[0] for before, after in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("reason", ["other file system", "not there", "stops half-way"])
+def test_without_the_kernels_help_the_bytes_are_the_same(
+    tmp_path: Path, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"a": torch.randn(5_000_000), "b": torch.randn(7)}, source)
+    real = getattr(os, "copy_file_range", None)
+    calls = []
+
+    def fail(source: int, target: int, count: int, start: int, position: int) -> int:
+        calls.append(count)
+        if reason == "stops half-way" and len(calls) == 1:
+            return real(source, target, 1000, start, position)
+        raise OSError(18, "Invalid cross-device link")
+
+    if reason == "not there":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif real is None:
+        pytest.skip("this system has no copy_file_range")
+    else:
+        monkeypatch.setattr(os, "copy_file_range", fail)
+    with atomic_output(target) as out:
+        rewrite(source, out, read_header(source), {})
+    assert target.read_bytes() == source.read_bytes()
+    assert bool(calls) == (reason != "not there")
+
+
+def header_bytes(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: object = "U8", shape: object = (2,), offsets: object = (0, 2)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+SURROGATE = b'{"\\ud800":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
+TWICE = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],"shape":[2]}}'
+DAMAGED = {
+    "empty": (b"", "it has 0 bytes, less than the length of a header"),
+    "seven bytes": (b"\0" * 7, "it has 7 bytes"),
+    "only a length": (struct.pack("<Q", 2), "claims 2 bytes, but the file has 8"),
+    "cut header": (save({"a": torch.ones(2)})[:40], "but the file has 40"),
+    "huge header": (struct.pack("<Q", 100_000_001) + b"{}", "more than the format's 100 MB"),
+    "largest number": (b"\xff" * 8 + b"{}", "more than the format's 100 MB"),
+    "no JSON": (header_bytes(b"{nonsense"), "no valid JSON"),
+    "no UTF-8": (header_bytes(b'{"\xff":1}'), "no valid JSON"),
+    "UTF-16": (header_bytes('{"a":1}'.encode("utf-16")), "no valid JSON"),
+    "deep": (header_bytes(b'{"a":' + b"[" * 100_000), "no valid JSON"),
+    "long number": (header_bytes(b'{"a":' + b"1" * 5000 + b"}"), "no valid JSON"),
+    "NaN": (header_bytes(b'{"a":NaN}'), "holds NaN"),
+    "half a pair": (header_bytes(SURROGATE, b"ab"), "no valid JSON"),
+    "two documents": (header_bytes(b"{}{}"), "no valid JSON"),
+    "a list": (header_bytes([]), "no JSON object"),
+    "entry no object": (header_bytes({"a": 1}), "the entry of 'a' lacks"),
+    "no dtype": (header_bytes({"a": {"shape": [], "data_offsets": [0, 0]}}), "'a' lacks"),
+    "field twice": (header_bytes(TWICE, b"ab"), "has the key 'shape' twice"),
+    "unknown dtype": (header_bytes({"a": entry("F31")}, b"ab"), "unknown dtype 'F31'"),
+    "dtype no str": (header_bytes({"a": entry(["U8"])}, b"ab"), r"unknown dtype \['U8'\]"),
+    "negative shape": (header_bytes({"a": entry("U8", [-1, -2])}, b"ab"), r"shape \[-1, -2\]"),
+    "fraction": (header_bytes({"a": entry("U8", [2.0])}, b"ab"), r"shape \[2\.0\]"),
+    "true": (header_bytes({"a": entry("U8", [2, True])}, b"ab"), r"shape \[2, True\]"),
+    "shape no list": (header_bytes({"a": entry("U8", 2)}, b"ab"), "impossible shape 2"),
+    "overflow": (header_bytes({"a": entry("U8", [2**40, 2**40], [0, 0])}), "impossible shape"),
+    "overflow by bits": (header_bytes({"a": entry("U8", [2**62], [0, 0])}), "impossible shape"),
+    "overflow times 0": (
+        header_bytes({"a": entry("U8", [2**40, 2**40, 0], [0, 0])}),
+        "impossible shape",
+    ),
+    "beyond 64 bits": (header_bytes({"a": entry("U8", [2**64, 0], [0, 0])}), "impossible shape"),
+    "three offsets": (header_bytes({"a": entry("U8", [2], [0, 2, 4])}, b"ab"), "offsets"),
+    "negative offset": (header_bytes({"a": entry("U8", [2], [-2, 0])}), r"offsets \[-2, 0\]"),
+    "backwards": (header_bytes({"a": entry("U8", [2], [2, 0])}, b"ab"), r"offsets \[2, 0\]"),
+    "too small": (header_bytes({"a": entry("F32")}, b"ab"), "not 2 bytes"),
+    "half a byte": (header_bytes({"a": entry("F4", [3])}, b"ab"), "not 2 bytes"),
+    "hole at the start": (header_bytes({"a": entry("U8", [2], [1, 3])}, b"abc"), "leave a hole"),
+    "hole": (
+        header_bytes({"a": entry(), "b": entry("U8", [2], [3, 5])}, b"abcde"),
+        r"'a' and 'b' leave a hole \(2 and 3\)",
+    ),
+    "overlap": (header_bytes({"a": entry(), "b": entry("U8", [2], [1, 3])}, b"abc"), "overlap"),
+    "same place": (header_bytes({"a": entry(), "b": entry()}, b"ab"), "overlap"),
+    "trailing bytes": (header_bytes({"a": entry()}, b"abc"), "need 2 bytes, but 3 follow"),
+    "cut data": (header_bytes({"a": entry()}, b"a"), "need 2 bytes, but 1 follow"),
+    "metadata no str": (header_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
+    "metadata a list": (header_bytes({"__metadata__": []}), "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_header_is_refused_as_by_the_package(path: Path, name: str) -> None:
+    content, message = DAMAGED[name]
+    path.write_bytes(content)
+    with pytest.raises(ReadError, match=message) as caught:
+        read_header(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path} is damaged: ")
+    assert "\n" not in text
+    with pytest.raises(SafetensorError):
+        deserialize(content)
+
+
+def test_a_key_that_occurs_twice_is_refused_where_the_package_accepts_it(path: Path) -> None:
+    one = b'"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+    content = header_bytes(b"{" + one + b"," + one + b"}", b"ab")
+    assert len(deserialize(content)) == 1
+    path.write_bytes(content)
+    with pytest.raises(ReadError, match="has the key 'a' twice"):
+        read_header(path)
+
+
+ODD = {
+    "nothing": header_bytes({}),
+    "spaces around": header_bytes(
+        b'  {"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}} ', b"ab"
+    ),
+    "metadata null": header_bytes({"__metadata__": None, "a": entry()}, b"ab"),
+    "a field more": header_bytes({"a": {**entry(), "note": [1, {"x": "é"}]}}, b"ab"),
+    "not in order": header_bytes({"b": entry("U8", [1], [2, 3]), "a": entry()}, b"abc"),
+    "empty tensors between": header_bytes(
+        {"a": entry(), "b": entry("F32", [0, 7], [2, 2]), "c": entry("U8", [1], [2, 3])}, b"abc"
+    ),
+    "an escaped pair": header_bytes({"\U0001f600": entry()}, b"ab"),
+    **{
+        dtype: header_bytes({"a": entry(dtype, [8], [0, bits])}, bytes(bits))
+        for dtype, bits in DTYPE_BITS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_but_legal_is_read_and_carried_through(path: Path, name: str) -> None:
+    path.write_bytes(ODD[name])
+    expected = dict(deserialize(ODD[name]))
+    header = read_header(path)
+    assert {name: tuple(info["shape"]) for name, info in expected.items()} == {
+        name: info.shape for name, info in header.tensors.items()
+    }
+    for key, info in expected.items():
+        assert bytes(read_bytes(path, header, key)) == bytes(info["data"])
+    content = rewritten(path, {})
+    assert dict(deserialize(content)) == expected
+    path.write_bytes(content)
+    again = read_header(path)
+    assert {name: info.extra for name, info in again.tensors.items()} == {
+        name: info.extra for name, info in header.tensors.items()
+    }
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_bytes_flipped_in_the_header_end_as_with_the_package(
+    path: Path, data: st.DataObject
+) -> None:
+    state = {"a.b": torch.arange(3), "c": torch.ones(2, 2, dtype=torch.float16)}
+    content = bytearray(save(state, {"format": "pt"}))
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.integers(0, 8 + content[0]))
+        content[place] = data.draw(st.sampled_from(b'0123456789{}[],:" -eFIU\x00\xff'))
+    path.write_bytes(content)
+    try:
+        ours: object = {name: info.shape for name, info in read_header(path).tensors.items()}
+    except ReadError:
+        ours = None
+    try:
+        theirs: object = {name: tuple(info["shape"]) for name, info in deserialize(bytes(content))}
+    except SafetensorError:
+        theirs = None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(2, dtype=torch.complex128), "no dtype for 'a', which is torch.complex128"),
+        (torch.eye(2).to_sparse(), r"dense tensors on the CPU .*torch\.sparse_coo"),
+        (torch.zeros(2, device="meta"), "meta"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_before_a_byte_is_written(
+    path: Path, tensor: Tensor, message: str
+) -> None:
+    path.write_bytes(save({"a": torch.zeros(2)}))
+    out = io.BytesIO()
+    with pytest.raises(RefusedError, match=message):
+        write(out, {"a": tensor})
+    with pytest.raises(RefusedError, match=message):
+        rewrite(path, out, read_header(path), {"a": tensor})
+    assert out.getvalue() == b""
+
+
+def test_a_dtype_that_torch_lacks_is_copied_but_not_read(path: Path) -> None:
+    path.write_bytes(header_bytes({"a": entry("F8_E8M0"), "b": entry("U8", [1], [2, 3])}, b"abc"))
+    header = read_header(path)
+    with pytest.raises(RefusedError, match="holds 'a' as F8_E8M0, which torch does not have"):
+        read_tensor(path, header, "a")
+    assert rewritten(path, {"b": torch.zeros(1, dtype=torch.uint8)}).endswith(b"ab\x00")
+
+
+def test_views_of_any_kind_are_written_as_their_values() -> None:
+    base = torch.arange(12.0).view(3, 4)
+    complex_ = torch.tensor([1 + 2j, 3 - 4j])
+    state = {"t": base.t(), "e": base[:1].expand(5, 4), "c": complex_.conj(), "s": base[1:, 2]}
+    state["n"] = complex_.conj().imag
+    state["p"] = torch.nn.Parameter(base[:, ::2])
+    loaded = load(written(state))
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor.detach()), name
+
+
+def test_a_file_that_changes_is_noticed(path: Path) -> None:
+    path.write_bytes(save({"a": torch.zeros(2)}))
+    header = read_header(path)
+    path.write_bytes(save({"a": torch.zeros(3)}))
+    with pytest.raises(ReadError, match="changed while it was read"):
+        read_tensor(path, header, "a")
+    with pytest.raises(ReadError, match="changed while it was read"):
+        rewrite(path, io.BytesIO(), header, {})
+
+    class Meddler(io.BytesIO):
+        def write(self, data: Any) -> int:
+            os.utime(path, ns=(0, self.tell()))
+            return super().write(data)
+
+    with pytest.raises(ReadError, match="changed while it was read"):
+        rewrite(path, Meddler(), read_header(path), {})
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    missing = tmp_path / "none.safetensors"
+    header = Header({}, None, 8)
+    for read in (
+        lambda: read_header(missing),
+        lambda: rewrite(missing, io.BytesIO(), header, {}),
+    ):
+        with pytest.raises(FileAccessError, match=r"cannot read .* no such file or directory"):
+            read()
+
+
+def test_the_package_accepts_the_header_that_is_encoded(path: Path) -> None:
+    path.write_bytes(ODD["an escaped pair"])
+    assert deserialize(encode_header(read_header(path)) + b"ab")[0][0] == "\U0001f600"
+
+
+def test_reading_a_header_imports_neither_torch_nor_the_package(path: Path) -> None:
+    path.write_bytes(save({"a": torch.zeros(2)}))
+    code = (
+        "import sys; from distbn_convert.checkpoint.safetensors import *\n"
+        "header = read_header(sys.argv[1])\n"
+        "with open(sys.argv[2], 'wb') as out: rewrite(sys.argv[1], out, header, {})\n"
+        "print(*header.tensors, {'torch', 'safetensors', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, path.with_name("b")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "a set()\n"
+    assert path.with_name("b").read_bytes() == path.read_bytes()

@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import load_torch_model, save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distbn_convert.checkpoint import carry
+from distbn_convert.checkpoint.sharded import (
+    other_weights,
+    read_accelerate,
+    read_index,
+    write_accelerate,
+    write_sharded,
+)
+from distbn_convert.errors import FileAccessError, OutputExistsError, ReadError, RefusedError
+
+BN_KEYS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3))
+
+
+def save_shards(folder: Path, state: dict[str, Tensor], kind: str, size: int = 1500) -> Path:
+    """Save as huggingface_hub does; return the index."""
+    folder.mkdir(exist_ok=True)
+    safe = kind == "safetensors"
+    save_torch_state_dict(state, folder, max_shard_size=size, safe_serialization=safe)
+    (folder / "config.json").write_text('{"model": "tiny"}')
+    (folder / "optimizer.bin").write_bytes(b"state of the optimizer" * 100)
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_text("step 1")
+    return next(iter(folder.glob("*.index.json")))
+
+
+def virtual(state: dict[str, Tensor], ranks: int = 4) -> dict[str, Tensor]:
+    return {key: state[key].expand(ranks, *state[key].shape).contiguous() for key in BN_KEYS}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def load_shard(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+
+
+@pytest.fixture(params=["safetensors", "torch"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_a_real_folder_of_shards_is_read_tensor_by_tensor(
+    tmp_path: Path, kind: str, given: str
+) -> None:
+    state = model().state_dict()
+    path = save_shards(tmp_path, state, kind)
+    index = read_index(tmp_path if given == "folder" else path)
+    assert index.path == path
+    assert len(index.headers) > 1
+    assert set(index.weight_map) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(index.read_tensor(name), tensor)
+        info = index.headers[index.weight_map[name]].tensors[name]
+        assert info.shape == tuple(tensor.shape)
+        assert info.dtype == {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype]
+
+
+def test_a_converted_folder_holds_the_replacements_and_everything_else(
+    tmp_path: Path, kind: str
+) -> None:
+    state = model().state_dict()
+    source, target = tmp_path / "plain", tmp_path / "virtual"
+    index = read_index(save_shards(source, state, kind))
+    before = contents(source)
+    shards_of_bn = {index.weight_map[key] for key in BN_KEYS}
+    new = virtual(state)
+    steps: list[tuple[int, int]] = []
+    with write_sharded(index, target, new, progress=lambda *step: steps.append(step)) as folder:
+        assert not target.exists()
+        assert len(read_index(folder).weight_map) == len(state)
+    loaded = {}
+    for shard in index.headers:
+        loaded.update(load_shard(target / shard))
+    expected = {**state, **new}
+    assert set(loaded) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
+    after = contents(target)
+    assert contents(source) == before
+    assert set(after) == set(before)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {*shards_of_bn, index.path.name}
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+    old, grown = (json.loads((place / index.path.name).read_text()) for place in (source, target))
+    growth = sum(new[key].nbytes - state[key].nbytes for key in BN_KEYS)
+    assert grown["metadata"].pop("total_size") == old["metadata"].pop("total_size") + growth
+    assert grown == old
+    assert list(grown["weight_map"]) == list(old["weight_map"])
+    assert sorted(os.listdir(tmp_path)) == ["plain", "virtual"]
+
+
+def test_the_way_back_is_bit_identical(tmp_path: Path, kind: str) -> None:
+    state = model().state_dict()
+    first = read_index(save_shards(tmp_path / "plain", state, kind))
+    with write_sharded(first, tmp_path / "virtual", virtual(state)):
+        pass
+    second = read_index(tmp_path / "virtual")
+    with write_sharded(second, tmp_path / "back", {key: state[key] for key in BN_KEYS}):
+        pass
+    loaded = model()
+    load_torch_model(loaded, tmp_path / "back", strict=True, safe=kind == "safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    if kind == "safetensors":
+        plain, back = contents(tmp_path / "plain"), contents(tmp_path / "back")
+        for text in (plain, back):
+            text[first.path.name] = json.loads(text[first.path.name])  # indented by us
+        assert plain == back
+
+
+def test_one_batch_norm_may_straddle_two_shards(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    state = model().state_dict()
+    save_file({key: state[key] for key in state if key != BN_KEYS[1]}, source / "a.safetensors")
+    save_file({BN_KEYS[1]: state[BN_KEYS[1]]}, source / "b.safetensors")
+    weight_map = {key: "b.safetensors" if key == BN_KEYS[1] else "a.safetensors" for key in state}
+    write_index(source, weight_map)
+    target = tmp_path / "out"
+    with write_sharded(read_index(source), target, virtual(state)):
+        pass
+    assert load_file(target / "a.safetensors")[BN_KEYS[0]].shape == (4, 16)
+    assert load_file(target / "b.safetensors")[BN_KEYS[1]].shape == (4, 16)
+
+
+def test_a_torch_shard_keeps_its_metadata_order_and_other_values(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    state = model().state_dict()
+    state["epoch"] = 3
+    torch.save(state, source / "pytorch_model-1.bin")
+    weight_map = dict.fromkeys((key for key in state if key != "epoch"), "pytorch_model-1.bin")
+    write_index(source, weight_map, "pytorch_model.bin.index.json")
+    target = tmp_path / "out"
+    with write_sharded(read_index(source), target, virtual(state)):
+        pass
+    loaded = torch.load(target / "pytorch_model-1.bin")
+    assert isinstance(loaded, OrderedDict)
+    assert loaded._metadata == state._metadata
+    assert list(loaded) == list(state)
+    assert loaded["epoch"] == 3
+
+
+def write_index(
+    folder: Path, weight_map: object, name: str = "model.safetensors.index.json", **more: object
+) -> Path:
+    (folder / name).write_text(json.dumps({**more, "weight_map": weight_map}))
+    return folder / name
+
+
+@pytest.mark.parametrize("total", [None, "many", True, 10.0, 10])
+def test_a_total_size_that_is_no_number_is_left_alone(tmp_path: Path, total: object) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file({"a": torch.zeros(2)}, source / "a.safetensors")
+    metadata = {} if total is None else {"total_size": total, "note": "kept"}
+    path = write_index(source, {"a": "a.safetensors"}, metadata=metadata, odd=[1])
+    target = tmp_path / "out"
+    with write_sharded(read_index(path), target, {"a": torch.zeros(3, 2)}):
+        pass
+    content = json.loads((target / path.name).read_text())
+    if type(total) in (int, float):
+        assert content["metadata"] == {"total_size": total + 16, "note": "kept"}
+    else:
+        assert (target / path.name).read_bytes() == path.read_bytes()
+    assert content["odd"] == [1]
+
+
+UNSAFE = [
+    *("../a.safetensors", "sub/../../a.safetensors", "/etc/a.safetensors", "..\\a.safetensors"),
+    *("C:\\a.safetensors", "C:a.safetensors", "\\\\host\\share\\a.safetensors", "\\a.safetensors"),
+    *("//host/share/a.safetensors", "a\0.safetensors", "a\n.safetensors"),
+]
+
+
+@pytest.mark.parametrize("shard", UNSAFE)
+def test_a_shard_outside_the_folder_is_refused_on_every_system(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    path = write_index(tmp_path / "in", {"a": shard})
+    with pytest.raises(RefusedError, match=r"points outside the folder\. Refused\.") as caught:
+        read_index(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shard", "message"),
+    [
+        ("model.safetensors.index.json", "a.bin", "is no .safetensors file"),
+        ("model.safetensors.index.json", "", "is no .safetensors file"),
+        ("model.bin.index.json", "a.safetensors", r"is no \.bin file"),
+        ("model.bin.index.json", "a.pkl", r"is no \.bin file"),
+        ("tf_model.h5.index.json", "a.h5", r"is an index of \.h5 files"),
+        ("model.index.json", "a", "is an index of nameless files"),
+    ],
+)
+def test_a_shard_of_another_kind_is_refused(
+    tmp_path: Path, name: str, shard: str, message: str
+) -> None:
+    for path in ("a.bin", "a.safetensors", "a.pkl", "a.h5", "a"):
+        (tmp_path / path).touch()
+    with pytest.raises(RefusedError, match=message):
+        read_index(write_index(tmp_path, {"x": shard}, name))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"weight_map": {"a": "a.safetensors"}', "no valid JSON"),
+        ('{"metadata": {}}', "expected a weight_map"),
+        ('{"weight_map": ["a"]}', "expected a weight_map"),
+        ('{"weight_map": {"a": 1}}', "expected a weight_map"),
+        ('{"weight_map": {}, "metadata": []}', "its metadata is no object"),
+        ('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "has the key 'a' twice"),
+        ('{"weight_map": {}, "weight_map": {}}', "has the key 'weight_map' twice"),
+    ],
+)
+def test_a_damaged_index_is_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ReadError, match=message):
+        read_index(tmp_path)
+
+
+def test_a_huge_index_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    with open(path, "wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(RefusedError, match=r"has 1\.0 GB, but an index has at most 64\.0 MB"):
+        read_index(path)
+
+
+def test_index_and_shards_must_agree(tmp_path: Path, kind: str) -> None:
+    suffix, save = (".safetensors", save_file) if kind == "safetensors" else (".bin", torch.save)
+    one, two, name = f"1{suffix}", f"2{suffix}", f"model{suffix}.index.json"
+    save({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / one)
+    save({"c": torch.zeros(2)}, tmp_path / two)
+    good = {"a": one, "b": one, "c": two}
+    assert read_index(write_index(tmp_path, good, name)).weight_map == good
+    cases: list[tuple[dict[str, str], str]] = [
+        ({**good, "d": two}, f"{two} lacks 'd', which the index places there"),
+        ({"a": one, "c": two}, f"{one} holds 'b', which the index places nowhere"),
+        ({**good, "b": two}, f"{one} holds 'b', which the index places in {two}"),
+        ({**good, "d": f"3{suffix}"}, f"shard '3{suffix}' of .* is missing"),
+    ]
+    for weight_map, message in cases:
+        with pytest.raises(ReadError, match=message):
+            read_index(write_index(tmp_path, weight_map, name))
+    (tmp_path / two).write_bytes(b"damaged")
+    with pytest.raises(ReadError, match=f"{two} is"):
+        read_index(write_index(tmp_path, good, name))
+
+
+def test_a_torch_shard_that_is_no_mapping_is_told(tmp_path: Path) -> None:
+    torch.save([1], tmp_path / "1.bin")
+    with pytest.raises(ReadError, match=r"'1\.bin' .* is no mapping of names to tensors"):
+        read_index(write_index(tmp_path, {"a": "1.bin"}, "model.bin.index.json"))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return (os.system, ("touch executed",))
+
+
+def test_a_malicious_torch_shard_is_refused_and_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Payload()}, tmp_path / "1.bin")
+    with pytest.raises(RefusedError, match=r"1\.bin holds Python objects .* posix\.system"):
+        read_index(write_index(tmp_path, {"a": "1.bin"}, "model.bin.index.json"))
+    assert not (tmp_path / "executed").exists()
+
+
+def tiny(folder: Path, **files: str) -> Path:
+    """A folder with one shard; returns the index."""
+    folder.mkdir()
+    save_file({"a": torch.zeros(2)}, folder / "1.safetensors")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return write_index(folder, {"a": "1.safetensors"}, metadata={"total_size": 8})
+
+
+def convert(src: Path, dst: Path, **options: Any) -> None:
+    with write_sharded(read_index(src), dst, {"a": torch.ones(3, 2)}, **options):
+        pass
+
+
+def test_files_carried_over_are_copies_with_their_mode(tmp_path: Path) -> None:
+    tiny(tmp_path / "in", optimizer="momentum")
+    (tmp_path / "in" / "optimizer").chmod(0o640)
+    convert(tmp_path / "in", tmp_path / "out")
+    copy = tmp_path / "out" / "optimizer"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o640
+    copy.write_text("written in place, as torch.save does")
+    assert (tmp_path / "in" / "optimizer").read_text() == "momentum"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_folder_is_converted_in_place(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path / "in", optimizer="momentum")
+    (tmp_path / "in" / "1.safetensors").chmod(0o600)
+    inode = (tmp_path / "in" / "optimizer").stat().st_ino
+    if not links:
+        monkeypatch.setattr(carry, "_link", lambda old, new: False)
+    with pytest.raises(OutputExistsError):
+        convert(tmp_path / "in", tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "in", overwrite=True)
+    assert load_file(tmp_path / "in" / "1.safetensors")["a"].shape == (3, 2)
+    assert stat.S_IMODE((tmp_path / "in" / "1.safetensors").stat().st_mode) == 0o600
+    assert (tmp_path / "in" / "optimizer").read_text() == "momentum"
+    assert ((tmp_path / "in" / "optimizer").stat().st_ino == inode) == links
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_links_into_a_cache_are_followed_in_a_new_folder_and_kept_in_place(tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    tiny(folder, config="{}")
+    blobs.mkdir()
+    (blobs / "logs").mkdir()
+    (folder / "logs").symlink_to("../blobs/logs")
+    for name in os.listdir(folder):
+        if name != "logs":
+            (folder / name).rename(blobs / name)
+            (folder / name).symlink_to(f"../blobs/{name}")
+    before = contents(blobs)
+    convert(folder, tmp_path / "out")
+    assert not any((tmp_path / "out" / name).is_symlink() for name in ("config", "1.safetensors"))
+    assert (tmp_path / "out" / "config").read_text() == "{}"
+    assert (tmp_path / "out" / "logs").samefile(blobs / "logs")
+    convert(folder, folder, overwrite=True)
+    assert (folder / "config").is_symlink()
+    assert os.readlink(folder / "logs") == "../blobs/logs"
+    assert load_file(folder / "1.safetensors")["a"].shape == (3, 2)
+    assert contents(blobs) == before
+
+
+def test_a_repository_and_leftovers_are_not_copied(tmp_path: Path) -> None:
+    tiny(tmp_path / "in", **{".x.1.0123abcd.distbn-tmp": "left over"})
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "HEAD").touch()
+    (tmp_path / "in" / "empty").mkdir()
+    convert(tmp_path / "in", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "1.safetensors",
+        "empty",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_what_cannot_be_carried_over_is_refused(tmp_path: Path) -> None:
+    tiny(tmp_path / "in")
+    with pytest.raises(RefusedError, match=r"out is inside .*in, which is copied there"):
+        convert(tmp_path / "in", tmp_path / "in" / "out")
+    os.mkfifo(tmp_path / "in" / "fifo")
+    with pytest.raises(RefusedError, match="fifo is no regular file; move it out"):
+        convert(tmp_path / "in", tmp_path / "out")
+    os.unlink(tmp_path / "in" / "fifo")
+    (tmp_path / "in" / "dangling").symlink_to("nowhere")
+    with pytest.raises(FileAccessError, match=r"cannot read .*dangling: no such file"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_weights_under_another_index_are_left_out(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "in", config="{}", **{"model.h5": "", "model.safetensors": ""})
+    torch.save({"a": torch.zeros(2)}, tmp_path / "in" / "1.bin")
+    write_index(tmp_path / "in", {"a": "1.bin"}, "pytorch_model.bin.index.json")
+    with pytest.raises(RefusedError, match="holds 2 sharded checkpoints"):
+        read_index(tmp_path / "in")
+    convert(path, tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {
+        *("config", "model.h5", "model.safetensors", "1.safetensors", path.name)
+    }
+    with pytest.raises(OutputExistsError, match=r"holds what the new folder would not: 1\.bin"):
+        convert(path, tmp_path / "in", overwrite=True)
+    own = read_index(path).headers
+    assert other_weights(tmp_path / "in", own) == ["model.h5", "model.safetensors"]
+
+
+def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny(tmp_path / "in", config="{}")
+    index = read_index(path)
+    save_file({"a": torch.zeros(9)}, tmp_path / "in" / "1.safetensors")
+    with (
+        pytest.raises(ReadError, match="changed while it was read"),
+        write_sharded(index, tmp_path / "out", {"a": torch.ones(3, 2)}),
+    ):
+        raise AssertionError
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_an_accelerate_folder_is_converted_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    state = model().state_dict()
+    folder, target = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("model.safetensors", "model_1.safetensors"):
+        save_file(state, folder / name, {"format": "pt"})
+    torch.save({"state": {}}, folder / "optimizer.bin")
+    (folder / "random_states_0.pkl").write_bytes(b"\x80\x04 never opened")
+    headers = read_accelerate(folder)
+    assert list(headers) == ["model.safetensors", "model_1.safetensors"]
+    new = virtual(state)
+    with write_accelerate(folder, headers, target, {"model.safetensors": new, "x": {}}) as made:
+        assert load_file(made / "model.safetensors")[BN_KEYS[0]].shape == (4, 16)
+    before, after = contents(folder), contents(target)
+    assert set(before) == set(after)
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+    loaded = load_file(target / "model.safetensors")
+    for name, tensor in {**state, **new}.items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_reading_an_index_of_safetensors_imports_no_torch(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "in")
+    code = (
+        "import sys; from distbn_convert.checkpoint.sharded import read_index\n"
+        "print(*read_index(sys.argv[1]).weight_map, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "a False\n"

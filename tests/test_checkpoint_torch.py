@@ -1,0 +1,543 @@
+"""Files of torch.save: converted, reverted, carried through. Cases of the specification."""
+
+from __future__ import annotations
+
+import collections
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+from distbn_convert import convert_model
+from distbn_convert.checkpoint import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    revert_checkpoint,
+    verify_checkpoint,
+)
+from distbn_convert.errors import (
+    ConfigurationError,
+    NothingToDoError,
+    OutputExistsError,
+    ReadError,
+    RefusedError,
+)
+
+from .checkpoints import BATCH_NORMS, STYLES, Net, load, resaved, torchvision_style, train
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+GROUPS = {"torchvision": 2, "timm": 2, "lightning": 2, "moco": 2}  # sets of BatchNorms
+
+
+def bn_state(channels: int = 3, **entries: Any) -> dict[str, torch.Tensor]:
+    """The state dict of one BatchNorm under ``bn.``, with entries replaced or added."""
+    state = {
+        "bn.weight": torch.rand(channels),
+        "bn.bias": torch.randn(channels),
+        "bn.running_mean": torch.randn(channels),
+        "bn.running_var": torch.rand(channels) + 0.1,
+        "bn.num_batches_tracked": torch.tensor(7),
+    }
+    return state | entries
+
+
+def save(tmp_path: Path, content: Any, name: str = "in.pth") -> Path:
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+def round_trip(path: Path, ranks: int = 8, **options: Any) -> Path:
+    """Convert, revert; the results are beside the file, as virtual and back."""
+    convert_checkpoint(path, path.with_name("virtual"), ranks, fsync=False, **options)
+    revert_checkpoint(path.with_name("virtual"), path.with_name("back"), fsync=False, **options)
+    return path.with_name("back")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_checkpoints_of_training_loops_come_back_byte_for_byte(tmp_path: Path, style: str) -> None:
+    """Cases 15, 17, 19, 20, 21."""
+    path = STYLES[style](tmp_path / "in.pth.tar")
+    back = round_trip(path)
+    assert back.read_bytes() == resaved(path)
+    report = inspect_checkpoint(tmp_path / "virtual")
+    assert len(report.groups) == BATCH_NORMS * GROUPS[style]
+    assert report.virtual_ranks == 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_converted_statistics_equal_those_of_a_converted_model(
+    tmp_path: Path, style: str
+) -> None:
+    path = STYLES[style](tmp_path / "in.pth")
+    convert_checkpoint(path, tmp_path / "out.pth", 4)
+    plain, virtual = load(path), load(tmp_path / "out.pth")
+    name = next(key for key in ("model", "state_dict") if key in plain)
+    prefix = {"lightning": "model.", "moco": "module.encoder_k."}.get(style, "")
+    strip = {k.removeprefix(prefix): v for k, v in plain[name].items() if k.startswith(prefix)}
+    model = Net()
+    model.load_state_dict(strip)
+    expected = convert_model(model, 4).state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(virtual[name][prefix + key], value, rtol=0, atol=0)
+
+
+def test_a_training_run_resumes_exactly_from_a_reverted_checkpoint(tmp_path: Path) -> None:
+    """Case 20."""
+    path = torchvision_style(tmp_path / "in.pth")
+    back = round_trip(path, 4)
+
+    def resume(checkpoint: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+        content = load(checkpoint)
+        model = Net()
+        model.load_state_dict(content["model"], strict=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["rng"])
+        return train(model, optimizer, seed=9), model.state_dict()
+
+    (losses, state), (losses_back, state_back) = resume(path), resume(back)
+    assert losses == losses_back
+    for key in state:
+        assert torch.equal(state[key], state_back[key]), key
+
+
+def test_a_converted_checkpoint_resumes_as_the_converted_model(tmp_path: Path) -> None:
+    """Case 20: the optimizer's momentum fits, and the run equals that of a model converted live."""
+    path = torchvision_style(tmp_path / "in.pth")
+    convert_checkpoint(path, tmp_path / "virtual.pth", 4)
+
+    def resume(checkpoint: Path, convert_first: bool) -> list[float]:
+        content = load(checkpoint)
+        model = Net()
+        if convert_first:
+            model = convert_model(model, 4)
+        model.load_state_dict(content["model"], strict=True)
+        if not convert_first:
+            model = convert_model(model, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer.load_state_dict(content["optimizer"])
+        return train(model, optimizer, seed=9)
+
+    assert resume(tmp_path / "virtual.pth", True) == resume(path, False)
+
+
+@settings(
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    ranks=st.integers(1, 20),
+    bits=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=12),
+    reduction=st.sampled_from(["mean", "pooled", "select"]),
+)
+def test_case_01_every_statistic_comes_back_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, ranks: int, bits: list[int], reduction: str
+) -> None:
+    """Cases 1, 2, 3, 5: any bits, denormals, NaN and infinities among them, and every V."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        torch.empty((), dtype=dtype).element_size()
+    ]
+    values = torch.tensor([b - 2**63 for b in bits]).to(integers).view(dtype)
+    half = len(values) // 2
+    state = {"running_mean": values[:half].clone(), "running_var": values[half : 2 * half].clone()}
+    folder = tmp_path / os.urandom(4).hex()
+    folder.mkdir()
+    path = save(folder, state)
+    convert_checkpoint(path, folder / "v", ranks, fsync=False)
+    virtual = load(folder / "v")
+    for name, value in state.items():
+        assert virtual[name].shape == (ranks, half)
+        assert virtual[name].is_contiguous()
+        assert torch.equal(virtual[name].view(integers), value.view(integers).expand(ranks, half))
+    revert_checkpoint(folder / "v", folder / "back", reduction, ranks - 1, fsync=False)
+    back = load(folder / "back")
+    for name, value in state.items():
+        assert torch.equal(back[name].view(integers), value.view(integers))
+
+
+def test_case_02_denormals_are_never_flushed(tmp_path: Path) -> None:
+    tiny = torch.tensor([5.6e-45, 1.4e-45, 0.0, 1e-40])
+    path = save(tmp_path, bn_state(4, **{"bn.running_var": tiny}))
+    assert torch.equal(load(round_trip(path, 7))["bn.running_var"], tiny)
+
+
+def test_case_03_nan_and_inf_are_carried_through_counted_and_strict_refuses(tmp_path: Path) -> None:
+    odd = torch.tensor([float("nan"), float("inf"), 1.0])
+    path = save(tmp_path, bn_state(3, **{"bn.running_mean": odd}))
+    report = convert_checkpoint(path, tmp_path / "virtual", 2)
+    assert "2 statistics are NaN or infinite" in " ".join(report.warnings)
+    assert inspect_checkpoint(tmp_path / "virtual").groups[0].nonfinite == 4
+    with pytest.raises(RefusedError, match="NaN or infinite"):
+        convert_checkpoint(path, tmp_path / "strict", 2, strict=True)
+    back = round_trip(
+        save(tmp_path, bn_state(3, **{"bn.running_mean": odd}), "again.pth"), 2, overwrite=True
+    )
+    assert torch.equal(load(back)["bn.running_mean"].isnan(), odd.isnan())
+
+
+def test_case_04_large_values_do_not_overflow_and_a_float16_overflow_is_an_error(
+    tmp_path: Path,
+) -> None:
+    state = bn_state(2, **{"bn.running_var": torch.tensor([3e38, 1.0])})
+    assert torch.equal(
+        load(round_trip(save(tmp_path, state)))["bn.running_var"], state["bn.running_var"]
+    )
+    means = torch.tensor([[-60000.0], [60000.0]], dtype=torch.float16)
+    half = {"bn.running_mean": means, "bn.running_var": torch.ones(2, 1, dtype=torch.float16)}
+    path = save(tmp_path, half, "half.pth")
+    with pytest.raises(RefusedError, match="running_var is too large for float16"):
+        revert_checkpoint(path, tmp_path / "out.pth", "pooled")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 65537, 2.0, True, "8"])
+def test_case_05_a_number_of_ranks_out_of_range_is_refused(tmp_path: Path, ranks: Any) -> None:
+    with pytest.raises(ConfigurationError, match="from 1 to 65536"):
+        convert_checkpoint(save(tmp_path, bn_state()), tmp_path / "out", ranks)
+
+
+def test_case_05_one_rank_is_allowed(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state())
+    assert round_trip(path, 1).read_bytes() == resaved(path)
+    assert load(tmp_path / "virtual")["bn.running_mean"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("rank", [8, -1])
+def test_case_06_a_rank_that_is_not_there_is_refused(tmp_path: Path, rank: int) -> None:
+    convert_checkpoint(save(tmp_path, bn_state()), tmp_path / "v", 8)
+    with pytest.raises(ConfigurationError, match="from 0 to 7"):
+        revert_checkpoint(tmp_path / "v", tmp_path / "out", "select", rank)
+
+
+def test_case_07_groups_of_several_numbers_of_ranks_revert_if_the_rank_fits_all(
+    tmp_path: Path,
+) -> None:
+    state = {
+        f"{name}.{key}": torch.rand(ranks, 3)
+        for name, ranks in (("a", 4), ("b", 2))
+        for key in ("running_mean", "running_var")
+    }
+    path = save(tmp_path, state)
+    report = revert_checkpoint(path, tmp_path / "out", "select", 1)
+    assert [group.ranks for group in report.groups] == [4, 2]
+    assert report.virtual_ranks is None
+    assert torch.equal(load(tmp_path / "out")["a.running_mean"], state["a.running_mean"][1])
+    with pytest.raises(ConfigurationError, match="from 0 to 1"):
+        revert_checkpoint(path, tmp_path / "out2", "select", 2)
+
+
+def test_case_07_ranks_that_differ_within_a_group_are_unreadable(tmp_path: Path) -> None:
+    path = save(tmp_path, {"bn.running_mean": torch.rand(8, 3), "bn.running_var": torch.rand(4, 3)})
+    with pytest.raises(ReadError, match="running_mean has 8 ranks but running_var has 4 ranks"):
+        revert_checkpoint(path, tmp_path / "out")
+
+
+def test_case_08_no_batch_norm_is_nothing_to_do(tmp_path: Path) -> None:
+    path = save(tmp_path, nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3)).state_dict())
+    with pytest.raises(
+        NothingToDoError, match=r"no BatchNorm statistics found in .* \(4 tensors\)"
+    ):
+        convert_checkpoint(path, tmp_path / "out", 2)
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+def test_case_09_what_is_virtual_already_is_left_with_a_warning(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state())
+    convert_checkpoint(path, tmp_path / "v", 8)
+    with pytest.raises(
+        NothingToDoError, match=r"bn is already virtual \(8 ranks\). Revert it first"
+    ):
+        convert_checkpoint(tmp_path / "v", tmp_path / "v2", 8)
+    with pytest.raises(NothingToDoError, match="has no virtual ranks"):
+        revert_checkpoint(path, tmp_path / "p2")
+    mixed = save(tmp_path, {"a": bn_state(), "b": load(tmp_path / "v")}, "mixed.pth")
+    report = convert_checkpoint(mixed, tmp_path / "out", 4)
+    assert report.counts == {"converted": 1, "skipped": 1}
+    assert "b.bn are already virtual" in " ".join(report.warnings)
+    assert load(tmp_path / "out")["b"]["bn.running_mean"].shape == (8, 3)
+    with pytest.raises(RefusedError, match="already virtual"):
+        convert_checkpoint(mixed, tmp_path / "out2", 4, strict=True)
+
+
+def test_case_10_and_11_missing_affine_and_counter_are_not_made_up(tmp_path: Path) -> None:
+    state = {"bn.running_mean": torch.rand(3), "bn.running_var": torch.rand(3)}
+    report = convert_checkpoint(save(tmp_path, state), tmp_path / "out", 2)
+    assert list(load(tmp_path / "out")) == list(state)
+    assert report.groups[0].tracked is None
+    assert "no num_batches_tracked" in " ".join(report.warnings)
+    plain = nn.BatchNorm2d(3, affine=False).state_dict()
+    assert round_trip(save(tmp_path, plain, "affine.pth"), overwrite=True).read_bytes() == resaved(
+        tmp_path / "affine.pth"
+    )
+
+
+def test_case_12_instance_norm_looks_the_same_and_can_be_excluded(tmp_path: Path) -> None:
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    path = save(tmp_path, nn.Sequential(norm, nn.BatchNorm2d(3)).state_dict())
+    assert convert_checkpoint(path, tmp_path / "both", 2).counts == {"converted": 2}
+    report = convert_checkpoint(path, tmp_path / "one", 2, exclude=["0"])
+    assert report.counts == {"converted": 1, "skipped": 1}
+    assert load(tmp_path / "one")["0.running_mean"].shape == (3,)
+    only = convert_checkpoint(path, tmp_path / "two", 2, include=["0*"])
+    assert [group.prefix for group in only.groups if group.action == "converted"] == ["0."]
+    with pytest.raises(NothingToDoError, match="not matched by --include"):
+        convert_checkpoint(path, tmp_path / "none", 2, include=["layer*"])
+
+
+def test_case_13_running_mean_std_is_skipped_with_a_warning(tmp_path: Path) -> None:
+    obs = {
+        "obs_norm.running_mean": torch.zeros(3, dtype=torch.float64),
+        "obs_norm.running_var": torch.ones(3, dtype=torch.float64),
+        "obs_norm.count": torch.ones((), dtype=torch.float64),
+    }
+    path = save(tmp_path, bn_state() | obs)
+    report = convert_checkpoint(path, tmp_path / "out", 2)
+    assert report.counts == {"converted": 1}
+    assert (
+        'obs_norm left alone: has running_mean but also "count": not BatchNorm.' in report.warnings
+    )
+    assert load(tmp_path / "out")["obs_norm.running_mean"].shape == (3,)
+    with pytest.raises(RefusedError, match="count"):
+        convert_checkpoint(path, tmp_path / "strict", 2, strict=True)
+
+
+def test_case_14_a_batch_norm_without_prefix_is_converted(tmp_path: Path) -> None:
+    path = save(tmp_path, nn.BatchNorm1d(4).state_dict())
+    assert round_trip(path).read_bytes() == resaved(path)
+    assert load(tmp_path / "virtual")["running_mean"].shape == (8, 4)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_case_15_prefixes_of_wrappers_are_kept(tmp_path: Path, prefix: str) -> None:
+    path = save(tmp_path, Net().state_dict(prefix=prefix))
+    report = convert_checkpoint(path, tmp_path / "out", 2)
+    assert report.counts == {"converted": BATCH_NORMS}
+    assert list(load(tmp_path / "out")) == list(load(path))
+
+
+def test_case_16_nested_split_batch_norms_are_judged_on_their_own(tmp_path: Path) -> None:
+    from timm.layers import SplitBatchNorm2d
+
+    path = save(tmp_path, nn.Sequential(SplitBatchNorm2d(4, num_splits=3)).state_dict())
+    report = convert_checkpoint(path, tmp_path / "out", 2)
+    prefixes = [group.prefix for group in report.groups]
+    assert prefixes == ["0.", "0.aux_bn.0.", "0.aux_bn.1."]
+    assert report.counts == {"converted": 3}
+
+
+def test_case_17_the_state_option_narrows_to_one_sub_tree(tmp_path: Path) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    report = convert_checkpoint(path, tmp_path / "out", 2, state="model_ema")
+    assert {group.path for group in report.groups if group.action == "converted"} == {
+        ("model_ema",)
+    }
+    out = load(tmp_path / "out")
+    assert out["model"]["head.running_mean"].shape == (4,)
+    assert out["model_ema"]["module.head.running_mean"].shape == (2, 4)
+
+
+def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Path) -> None:
+    state = Net().state_dict()
+    for key in list(state):
+        state["ema_" + key.replace(".", "_")] = state[key].clone()
+    path = save(tmp_path, {"state_dict": state})
+    report = convert_checkpoint(path, tmp_path / "base", 2)
+    assert report.counts == {"converted": BATCH_NORMS, "skipped": BATCH_NORMS}
+    assert any("--ema-underscore takes them" in warning for warning in report.warnings)
+    assert load(tmp_path / "base")["state_dict"]["ema_head_running_mean"].shape == (4,)
+    report = convert_checkpoint(path, tmp_path / "both", 2, ema_underscore=True)
+    assert report.counts == {"converted": 2 * BATCH_NORMS}
+    both = load(tmp_path / "both")["state_dict"]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert both[f"ema_downsample_1_{name}"].shape == both[f"downsample.1.{name}"].shape
+
+
+def test_case_24_cycles_shared_parts_and_odd_keys_keep_their_structure(tmp_path: Path) -> None:
+    state = bn_state()
+    tree: dict[Any, Any] = {
+        "a": state,
+        "b": state,
+        3: ({"x": bn_state()}, [bn_state()]),
+        (1, 2): None,
+    }
+    tree["self"] = tree
+    path = save(tmp_path, tree)
+    back = round_trip(path, 3)
+    virtual = load(tmp_path / "virtual")
+    assert virtual["self"] is virtual
+    assert virtual["a"] is virtual["b"]
+    assert list(virtual) == list(tree)
+    assert virtual[3][0]["x"]["bn.running_var"].shape == (3, 3)
+    assert virtual[3][1][0]["bn.running_var"].shape == (3, 3)
+    assert back.read_bytes() == resaved(path)
+
+
+def test_case_25_tied_batch_norms_stay_tied_and_are_stored_once(tmp_path: Path) -> None:
+    norm = nn.BatchNorm2d(1000)
+    untied = save(tmp_path, nn.Sequential(norm).state_dict(), "one.pth")
+    path = save(tmp_path, nn.Sequential(norm, nn.ReLU(), norm).state_dict())
+    convert_checkpoint(path, tmp_path / "v", 8)
+    convert_checkpoint(untied, tmp_path / "v1", 8)
+    virtual = load(tmp_path / "v")
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert virtual[f"0.{name}"].data_ptr() == virtual[f"2.{name}"].data_ptr()
+    assert (tmp_path / "v").stat().st_size < (tmp_path / "v1").stat().st_size * 1.1
+    revert_checkpoint(tmp_path / "v", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == resaved(path)
+
+
+def test_case_26_views_keep_their_storage_and_statistics_leave_it(tmp_path: Path) -> None:
+    flat = torch.randn(100)
+    state = {
+        "w1": flat[:40].view(5, 8),
+        "w2": flat[40:90],
+        "bn.running_mean": flat[90:95],
+        "bn.running_var": flat[95:].abs(),
+    }
+    path = save(tmp_path, state)
+    back = round_trip(path, 2)
+    virtual = load(tmp_path / "virtual")
+    assert virtual["w1"].untyped_storage().data_ptr() == virtual["w2"].untyped_storage().data_ptr()
+    assert virtual["w2"].storage_offset() == 40
+    assert virtual["bn.running_mean"].untyped_storage().nbytes() == 2 * 5 * 4
+    assert torch.equal(load(back)["bn.running_mean"], flat[90:95])
+
+
+def test_case_27_strides_of_other_tensors_are_kept(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    path = save(tmp_path, bn_state() | {"t": torch.randn(3, 4).t(), "w": weight})
+    back = load(round_trip(path))
+    assert back["t"].stride() == (1, 4)
+    assert back["w"].stride() == weight.stride()
+
+
+def test_case_33_a_deflated_zip_gives_the_right_numbers(tmp_path: Path) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    deflated = tmp_path / "deflated.pth"
+    with (
+        zipfile.ZipFile(path) as source,
+        zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for info in source.infolist():
+            out.writestr(info.filename, source.read(info))
+    assert round_trip(deflated).read_bytes() == resaved(path)
+
+
+def test_case_33_a_zip_bomb_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state() | {"zeros": torch.zeros(5_000_000)})
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out:
+        for info in source.infolist():
+            out.writestr(info.filename, source.read(info))
+    with pytest.raises(RefusedError, match=r"unpacks from .* as weights never do"):
+        convert_checkpoint(bomb, tmp_path / "out", 2)
+    assert convert_checkpoint(bomb, tmp_path / "out", 2, allow_compressed=True).output
+
+
+def test_case_36_a_cuda_tagged_file_works_without_a_gpu(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": bn_state()})
+    tagged = tmp_path / "cuda.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tagged, "w") as out:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in data
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            out.writestr(info.filename, data)
+    assert round_trip(tagged).read_bytes() == resaved(path)
+
+
+@pytest.mark.parametrize("spelling", ["same", "dot", "symlink", "hardlink"])
+def test_case_37_the_same_file_by_any_name_needs_in_place(tmp_path: Path, spelling: str) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    before = path.read_bytes()
+    dst = tmp_path / "link.pth"
+    if spelling == "symlink":
+        dst.symlink_to(path)
+    elif spelling == "hardlink":
+        os.link(path, dst)
+    else:
+        dst = Path(f"{tmp_path}/./in.pth") if spelling == "dot" else path
+    with pytest.raises(OutputExistsError, match="same file"):
+        convert_checkpoint(path, dst, 2, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_case_37_in_place_keeps_the_mode_and_a_backup(tmp_path: Path) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    before = path.read_bytes()
+    path.chmod(0o640)
+    report = convert_checkpoint(path, None, 2, in_place=True)
+    assert report.counts == {"converted": 2 * BATCH_NORMS}
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "in.pth.bak").read_bytes() == before
+    with pytest.raises(OutputExistsError, match=r"in\.pth\.bak exists"):
+        revert_checkpoint(path, path, in_place=True)
+    revert_checkpoint(path, path, in_place=True, backup=False)
+    assert path.read_bytes() == resaved(tmp_path / "in.pth.bak")
+    assert sorted(os.listdir(tmp_path)) == ["in.pth", "in.pth.bak"]
+
+
+def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state())
+    (tmp_path / "out").write_bytes(b"precious")
+    with pytest.raises(OutputExistsError, match="exists"):
+        convert_checkpoint(path, tmp_path / "out", 2)
+    assert (tmp_path / "out").read_bytes() == b"precious"
+    convert_checkpoint(path, tmp_path / "out", 2, overwrite=True)
+    assert load(tmp_path / "out")["bn.running_mean"].shape == (2, 3)
+
+
+def test_a_dry_run_reports_and_writes_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state())
+    report = convert_checkpoint(path, tmp_path / "out", 2, dry_run=True)
+    assert report.counts == {"converted": 1}
+    assert report.output is None
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+def test_legacy_files_are_read_and_written_as_zip(tmp_path: Path) -> None:
+    content = load(torchvision_style(tmp_path / "zip.pth"))
+    path = tmp_path / "in.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert round_trip(path).read_bytes() == resaved(path)
+    report = inspect_checkpoint(path)
+    assert report.source.format == "torch-legacy"
+
+
+def test_the_same_input_gives_the_same_bytes_under_any_name(tmp_path: Path) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    for name in ("a.pth", "quite_another.ckpt"):
+        convert_checkpoint(path, tmp_path / name, 3)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "quite_another.ckpt").read_bytes()
+
+
+def test_metadata_and_parameters_survive(tmp_path: Path) -> None:
+    state = collections.OrderedDict(bn_state())
+    state["bn.weight"] = nn.Parameter(state["bn.weight"])
+    state["bn.running_mean"] = nn.Parameter(state["bn.running_mean"], requires_grad=False)
+    state._metadata = {"": {"version": 1}, "bn": {"version": 2}}  # type: ignore[attr-defined]
+    virtual = load(round_trip(save(tmp_path, state)).with_name("virtual"))
+    assert virtual._metadata == state._metadata  # type: ignore[attr-defined]
+    assert isinstance(virtual["bn.weight"], nn.Parameter)
+    assert isinstance(virtual["bn.running_mean"], nn.Parameter)
+
+
+def test_a_damaged_member_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state(500))
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = next(i for i in archive.infolist() if i.filename.endswith("data/2"))
+    data[info.header_offset + 200] ^= 1
+    path.write_bytes(data)
+    convert_checkpoint(path, tmp_path / "unnoticed", 2)
+    with pytest.raises(ReadError, match="checksum"):
+        convert_checkpoint(path, tmp_path / "out", 2, check_input=True)
+    with pytest.raises(ReadError, match="checksum"):
+        verify_checkpoint(path)

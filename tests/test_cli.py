@@ -1,0 +1,257 @@
+"""The command line: exit codes, streams, JSON, start-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
+
+from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli, torchvision_style
+
+COMMANDS = ["convert", "revert", "inspect", "gather", "verify", "models", "models export"]
+PROGRAM = [sys.executable, "-c", "from distbn_convert.cli import main; main()"]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.pth"
+    torch.save({"model": Net().state_dict()}, path)
+    return path
+
+
+def loaded_modules(*args: str, cwd: Path) -> set[str]:
+    """The modules that a run of the command line has loaded at its end."""
+    code = (
+        "import sys, atexit, json;"
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr));"
+        "from distbn_convert.cli import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_convert_and_revert_are_twins_of_the_library(capsys: Any, plain: Path) -> None:
+    done = run_cli(capsys, "convert", plain, plain.with_name("v.pth"), "--vt-world-size", 8)
+    assert done.code == 0
+    assert done.out.startswith(f"converted {BATCH_NORMS} BatchNorms to 8 virtual ranks: ")
+    assert done.err == ""
+    convert_checkpoint(plain, plain.with_name("library.pth"), 8)
+    assert plain.with_name("v.pth").read_bytes() == plain.with_name("library.pth").read_bytes()
+    done = run_cli(capsys, "revert", plain.with_name("v.pth"), plain.with_name("p.pth"))
+    assert done.code == 0
+    assert "from 8 virtual ranks by mean" in done.out
+    assert plain.with_name("p.pth").read_bytes() == resaved(plain)
+
+
+def test_inspect_prints_a_line_for_each_layer(capsys: Any, plain: Path) -> None:
+    done = run_cli(capsys, "inspect", plain)
+    lines = done.out.splitlines()
+    assert f"{BATCH_NORMS} BatchNorms" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == [
+        "model.conv1_BN",
+        "model.downsample.1",
+        "model.head",
+    ]
+
+
+def test_inspect_measures_the_spread_between_ranks(capsys: Any, tmp_path: Path) -> None:
+    state = {
+        "bn.running_mean": torch.tensor([[1.0, 0.0], [3.0, 0.0]]),
+        "bn.running_var": torch.tensor([[1.0, 4.0], [3.0, 4.0]]),
+    }
+    torch.save(state, tmp_path / "v.pth")
+    spread = inspect_checkpoint(tmp_path / "v.pth").groups[0].spread
+    assert spread is not None
+    assert spread.mean_max == pytest.approx(1 / 2**0.5)  # deviation 1, variance 2
+    assert spread.var_max == pytest.approx(0.5)  # deviation 1 of 2
+    assert spread.mean_median == pytest.approx(spread.mean_max / 2)
+    document = run_cli(capsys, "inspect", tmp_path / "v.pth", "--json").json
+    assert document["schema"] == 1
+    assert document["groups"][0]["spread"]["var_max"] == pytest.approx(0.5)
+
+
+def test_json_reports_have_the_documented_keys(capsys: Any, plain: Path) -> None:
+    out = plain.with_name("v.pth")
+    document = run_cli(capsys, "convert", plain, out, "--vt-world-size", 2, "--json").json
+    assert document["schema"] == 1
+    assert document["command"] == "convert"
+    assert document["source"] == {
+        "path": str(plain),
+        "format": "torch",
+        "bytes": plain.stat().st_size,
+    }
+    assert document["output"]["bytes"] == out.stat().st_size
+    assert document["virtual_ranks"] == 2
+    assert document["counts"] == {"converted": BATCH_NORMS}
+    first = document["groups"][0]
+    assert (first["path"], first["prefix"], first["channels"]) == (["model"], "conv1_BN.", 5)
+    assert (first["state"], first["action"], first["tracked"]) == ("plain", "converted", 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "arguments"),
+    [
+        (2, "usage", ["convert", "plain.pth", "o", "--vt-world-size", "0"]),
+        (2, "usage", ["convert", "plain.pth", "o", "--vt-world-size", "x"]),
+        (2, "usage", ["convert", "plain.pth", "o"]),
+        (2, "usage", ["convert", "plain.pth", "--vt-world-size", "2"]),
+        (2, "usage", ["revert", "virtual.pth", "o", "--reduction", "select", "--rank", "8"]),
+        (2, "usage", ["no-such-command"]),
+        (3, "nothing-to-do", ["revert", "plain.pth", "o"]),
+        (3, "nothing-to-do", ["convert", "virtual.pth", "o", "--vt-world-size", "8"]),
+        (3, "nothing-to-do", ["convert", "linear.pth", "o", "--vt-world-size", "8"]),
+        (4, "refused", ["convert", "module.pth", "o", "--vt-world-size", "8"]),
+        (5, "unreadable", ["convert", "cut.pth", "o", "--vt-world-size", "8"]),
+        (6, "exists", ["convert", "plain.pth", "virtual.pth", "--vt-world-size", "8"]),
+        (6, "exists", ["convert", "plain.pth", "./plain.pth", "--vt-world-size", "8", "-f"]),
+        (7, "io", ["convert", "absent.pth", "o", "--vt-world-size", "8"]),
+        (7, "io", ["convert", "plain.pth", "no/such/o", "--vt-world-size", "8"]),
+        (8, "verification", ["verify", "plain.pth", "--against", "other.pth"]),
+    ],
+)
+def test_every_exit_code_is_one_line_or_one_json_document(
+    capsys: Any,
+    plain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    word: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    convert_checkpoint("plain.pth", "virtual.pth", 8)
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "linear.pth")
+    torch.save(torch.nn.Linear(2, 2), "module.pth")
+    torch.save({"model": Net().state_dict()}, "other.pth")
+    Path("cut.pth").write_bytes(plain.read_bytes()[:2000])
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    done = run_cli(capsys, *arguments)
+    assert done.code == code
+    assert done.out == ""
+    assert len([line for line in done.err.splitlines() if line.startswith("Error: ")]) == 1
+    assert "Traceback" not in done.err
+    if code != 2:
+        assert len(done.err.splitlines()) == 1
+    done = run_cli(capsys, *arguments, "--json")
+    assert done.code == code
+    assert done.json["error"]["code"] == word
+    assert done.json["error"]["exit_code"] == code
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+def test_a_command_without_arguments_is_a_usage_error(capsys: Any) -> None:
+    assert run_cli(capsys).code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example(capsys: Any, command: str) -> None:
+    done = run_cli(capsys, *command.split(), "--help")
+    assert done.code == 0
+    assert f"$ distbn-convert {command}" in done.out
+
+
+def test_the_help_documents_the_exit_codes(capsys: Any) -> None:
+    done = run_cli(capsys, "--help")
+    for code in ("0", "1", "2", "3", "4", "5", "6", "7", "8", "130"):
+        assert f" {code}" in done.out
+
+
+def test_help_and_safetensors_inspection_import_no_torch(plain: Path) -> None:
+    from safetensors.torch import save_file
+
+    convert_checkpoint(plain, plain.with_name("v.pth"), 3)
+    save_file(load(plain.with_name("v.pth"))["model"], plain.with_name("v.safetensors"))
+    for args in (
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["models", "--help"],
+        ["inspect", "v.safetensors"],
+    ):
+        modules = loaded_modules(*args, cwd=plain.parent)
+        assert not {"torch", "numpy", "torchvision", "matplotlib"} & modules, args
+
+
+def test_help_answers_at_once() -> None:
+    """In seconds of the processor, so that a busy machine does not count."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    seconds = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*PROGRAM, "--help"], check=True, capture_output=True, env=env)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.15
+
+
+def test_the_standard_streams_carry_checkpoints(plain: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*PROGRAM, "convert", "-", "-", "--vt-world-size", "4"],
+        input=plain.read_bytes(),
+        capture_output=True,
+        env=env,
+        check=True,
+    )
+    convert_checkpoint(plain, plain.with_name("v.pth"), 4)
+    assert done.stdout == plain.with_name("v.pth").read_bytes()
+    assert b"converted 3 BatchNorms" in done.stderr
+
+
+def test_warnings_go_to_stderr_and_quiet_silences_them(capsys: Any, tmp_path: Path) -> None:
+    path = tmp_path / "in.pth"
+    torch.save({"bn.running_mean": torch.rand(2), "bn.running_var": torch.rand(2)}, path)
+    done = run_cli(capsys, "convert", path, tmp_path / "a", "--vt-world-size", 2)
+    assert done.err.startswith("Warning: 1 of 1 BatchNorms have no num_batches_tracked")
+    done = run_cli(capsys, "convert", path, tmp_path / "b", "--vt-world-size", 2, "--quiet")
+    assert (done.out, done.err) == ("", "")
+
+
+def test_a_dry_run_speaks_json_too(capsys: Any, plain: Path) -> None:
+    done = run_cli(
+        capsys, "convert", plain, plain.with_name("o"), "--vt-world-size", 2, "-n", "--json"
+    )
+    assert done.json["dry_run"] is True
+    assert done.json["output"] is None
+    assert not plain.with_name("o").exists()
+
+
+def test_options_are_the_librarys(capsys: Any, tmp_path: Path) -> None:
+    path = torchvision_style(tmp_path / "in.pth")
+    run_cli(
+        capsys,
+        *("convert", path, "--in-place", "--vt-world-size", 2, "--include", "head"),
+        *("--state", "model"),
+    )
+    assert (tmp_path / "in.pth.bak").exists()
+    content = load(path)
+    assert content["model"]["head.running_mean"].shape == (2, 4)
+    assert content["model"]["conv1_BN.running_mean"].shape == (5,)
+    assert content["model_ema"]["module.head.running_mean"].shape == (4,)
+
+
+def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> None:
+    assert run_cli(capsys, "models", "resnet18", "vgg11").out.split() == [
+        *("resnet18", "20"),
+        *("vgg11", "0"),
+    ]
+    assert run_cli(capsys, "models", "no_such_model").code == 1
+    for name in ("r.pth", "r.safetensors"):
+        path = tmp_path / name
+        done = run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2)
+        assert done.code == 0, done.err
+        assert inspect_checkpoint(path).virtual_ranks == 2
+        assert len(inspect_checkpoint(path).groups) == 20
+    assert run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2).code == 6
