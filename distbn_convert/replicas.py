@@ -110,18 +110,7 @@ def _rows_equal(rows: Tensor) -> Tensor:
 
 
 def _wide_mean(rows: Tensor) -> Tensor:
-    """Average ``Tensor[V, C]`` over V in float64.
-
-    A sum of equal float32 (or shorter) values is exact in float64, and so is its quotient by V
-    (a product with 1 / V is not). A sum of float64 values is not exact, so those are summed as
-    distances from the first row, zero where rows are equal; an infinite first row has no distances
-    and keeps the plain mean.
-    """
+    """Average ``Tensor[V, C]`` over V in float64."""
     # Metal has no float64.
     wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
-    plain = wide.sum(0) / wide.shape[0]
-    if rows.dtype != wide.dtype:
-        return plain
-    first = wide[0]
-    shifted = first + (wide - first).sum(0) / wide.shape[0]
-    return torch.where(first.isinf(), plain, shifted)
+    return wide.sum(0) / wide.shape[0]
