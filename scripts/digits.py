@@ -52,17 +52,19 @@ def train_epoch(
 
 @click.command()
 @click.option("--vt-world-size", default=8, show_default=True, help="Number of virtual GPUs.")
-@click.option("--epochs", default=4, show_default=True)
+@click.option("--epochs", default=6, show_default=True)
 @click.option("--output", default="runs/quickstart", show_default=True, help="For checkpoints.")
 def main(vt_world_size: int, epochs: int, output: str) -> None:
     """Train a converted ResNet-18 on handwritten digits, convert it back, compare."""
     torch.manual_seed(0)
     train_images, train_labels, test_images, test_labels = load_images()
     model = get_model("resnet18", vt_world_size=vt_world_size, num_classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     start = time.perf_counter()
     for epoch in range(epochs):
         train_epoch(model, optimizer, train_images, train_labels, f"epoch {epoch + 1}/{epochs}")
+        schedule.step()
     print(
         f"trained {epochs} epochs with {vt_world_size} virtual GPUs in "
         f"{time.perf_counter() - start:.0f} s"
