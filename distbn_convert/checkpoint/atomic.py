@@ -23,15 +23,14 @@ from .places import (
     access_error,
     check_space,
     find_disk_full,
-    new_temporary,
     output_place,
-    remove_stale,
     same_file,
     stat_or_none,
     sync_folder,
     take_over,
 )
 from .rename import rename_to_free_name
+from .temporaries import new_temporary, remove_stale, remove_temporary
 
 __all__ = ["atomic_folder", "atomic_output", "same_file"]
 
@@ -159,8 +158,7 @@ class _Output:
                 with contextlib.suppress(OSError):
                     self.stream.close()
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(self.temporary)
+            remove_temporary(self.temporary)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
