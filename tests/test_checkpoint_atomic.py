@@ -330,6 +330,16 @@ def test_the_cause_is_found_behind_errors_of_the_writer(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_descriptor_that_the_block_itself_could_not_flush_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*a: input/output error") as caught,
+        atomic_output(tmp_path / "a"),
+    ):
+        raise OSError(errno.EIO, "Input/output error")
+    assert caught.value.errno == errno.EIO
+    assert names(tmp_path) == []
+
+
 def test_errors_that_are_not_about_the_output_pass_unchanged(tmp_path: Path) -> None:
     with (
         pytest.raises(FileNotFoundError, match="source"),

@@ -77,7 +77,7 @@ def atomic_output(
         output.publish(fsync)
     except BaseException as error:
         output.discard()
-        failure = output.failure or find_disk_full(error)
+        failure = output.failure or find_disk_full(error) or _of_a_descriptor(error)
         expected = isinstance(error, CheckpointError) or not isinstance(error, Exception)
         if failure is None or expected:
             raise
@@ -209,3 +209,10 @@ class _Output:
         finally:
             os.close(folder)
         return True
+
+
+def _of_a_descriptor(error: BaseException) -> OSError | None:
+    """Take what the system refused about no named file, such as fsync, for a failed write."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        return error
+    return None
