@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 
 from distbn_convert.checkpoint import rename
 from distbn_convert.checkpoint.atomic import atomic_folder, atomic_output, same_file
-from distbn_convert.checkpoint.places import human_size, new_temporary
+from distbn_convert.checkpoint.places import human_size
+from distbn_convert.checkpoint.temporaries import new_temporary
 from distbn_convert.errors import FileAccessError, OutputExistsError
 
 IN_ONE_DAY = 86400
@@ -328,6 +330,16 @@ def test_the_cause_is_found_behind_errors_of_the_writer(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_descriptor_that_the_block_itself_could_not_flush_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileAccessError, match=r"cannot write .*a: input/output error") as caught,
+        atomic_output(tmp_path / "a"),
+    ):
+        raise OSError(errno.EIO, "Input/output error")
+    assert caught.value.errno == errno.EIO
+    assert names(tmp_path) == []
+
+
 def test_errors_that_are_not_about_the_output_pass_unchanged(tmp_path: Path) -> None:
     with (
         pytest.raises(FileNotFoundError, match="source"),
@@ -425,6 +437,44 @@ def test_the_next_run_removes_old_leftovers_of_dead_processes_and_nothing_else(
         pass
     kept = {name for name, (_, stays) in leftovers.items() if stays}
     assert set(names(tmp_path)) == kept | {"a", ours.name}
+
+
+def test_what_is_left_when_the_process_ends_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from distbn_convert.checkpoint.temporaries import new_temporary\n"
+        "new_temporary(Path(sys.argv[1], 'a')).touch()\n"
+        "new_temporary(Path(sys.argv[1], 'b')).mkdir()\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait(); print(len(os.listdir(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("interrupted", [0, 1, 2])
+def test_an_interruption_while_the_old_folder_is_removed_does_not_stop_that(
+    tmp_path: Path, interrupted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "out", {"a": "old", "b": "old", "c": "old"})
+    real, calls = os.unlink, []
+
+    def unlink(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) == interrupted + 1:
+            raise KeyboardInterrupt
+        real(*args, **options)
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+            fill(folder, {"a": "new", "b": "new", "c": "new"})
+            monkeypatch.setattr(os, "unlink", unlink)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert content(tmp_path / "out") == {"a": "new", "b": "new", "c": "new"}
+    assert names(tmp_path) == ["out"]
 
 
 def test_same_file_sees_through_links_and_spelling(tmp_path: Path) -> None:

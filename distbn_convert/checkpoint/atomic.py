@@ -23,15 +23,14 @@ from .places import (
     access_error,
     check_space,
     find_disk_full,
-    new_temporary,
     output_place,
-    remove_stale,
     same_file,
     stat_or_none,
     sync_folder,
     take_over,
 )
 from .rename import rename_to_free_name
+from .temporaries import new_temporary, remove_stale, remove_temporary
 
 __all__ = ["atomic_folder", "atomic_output", "same_file"]
 
@@ -78,7 +77,7 @@ def atomic_output(
         output.publish(fsync)
     except BaseException as error:
         output.discard()
-        failure = output.failure or find_disk_full(error)
+        failure = output.failure or find_disk_full(error) or _of_a_descriptor(error)
         expected = isinstance(error, CheckpointError) or not isinstance(error, Exception)
         if failure is None or expected:
             raise
@@ -159,8 +158,7 @@ class _Output:
                 with contextlib.suppress(OSError):
                     self.stream.close()
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(self.temporary)
+            remove_temporary(self.temporary)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -211,3 +209,10 @@ class _Output:
         finally:
             os.close(folder)
         return True
+
+
+def _of_a_descriptor(error: BaseException) -> OSError | None:
+    """Take what the system refused about no named file, such as fsync, for a failed write."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        return error
+    return None

@@ -13,7 +13,7 @@ from typing import IO
 
 from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
-from .places import StrPath, access_error, take_over
+from .places import StrPath, access_error, take_over, told
 from .stream import Progress, Sink, Source
 
 __all__ = ["Writer", "write_folder"]
@@ -65,20 +65,21 @@ def write_folder(
     total = sum(sizes.values()) + plan.bytes_to_copy()
     meter = _Meter(total, progress)
     with atomic_folder(dst, overwrite=overwrite, expected_bytes=total, fsync=fsync) as folder:
-        for name in plan.folders:
-            os.makedirs(folder / name, exist_ok=True)
-        for name in plan.files:
-            if name in writers:
-                with atomic_output(folder / name, fsync=False) as file:
-                    tell = meter.of_one_file()
-                    writers[name](file, tell)
-                    tell(sizes[name], sizes[name])
-                    if in_place:
-                        take_over(file.fileno(), os.stat(source / name))
-            else:
-                plan.carry(name, folder, meter.of_one_file())
-        for name in plan.folders:
-            shutil.copystat(source / name, folder / name)
+        with told(dst):
+            for name in plan.folders:
+                os.makedirs(folder / name, exist_ok=True)
+            for name in plan.files:
+                if name in writers:
+                    with atomic_output(folder / name, fsync=False) as file:
+                        tell = meter.of_one_file()
+                        writers[name](file, tell)
+                        tell(sizes[name], sizes[name])
+                        if in_place:
+                            take_over(file.fileno(), os.stat(source / name))
+                else:
+                    plan.carry(name, folder, meter.of_one_file())
+            for name in plan.folders:
+                shutil.copystat(source / name, folder / name)
         yield folder
 
 

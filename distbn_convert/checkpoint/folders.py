@@ -15,13 +15,13 @@ from .places import (
     access_error,
     check_space,
     find_disk_full,
-    new_temporary,
     output_place,
-    remove_stale,
     stat_or_none,
     sync_folder,
+    told,
 )
 from .rename import exchange, rename_to_free_name
+from .temporaries import new_temporary, remove_stale, remove_temporary
 
 __all__ = ["atomic_folder"]
 
@@ -63,9 +63,11 @@ def atomic_folder(
     temporary = new_temporary(target)
     existing = stat_or_none(target)
     try:
-        with _system_errors(path, temporary):
+        with told(path):
             os.mkdir(temporary, 0o700 if existing else 0o777)
+        with _body_errors(path, temporary):
             yield temporary
+        with told(path):
             if existing:
                 os.chmod(temporary, stat.S_IMODE(existing.st_mode))
             if fsync:
@@ -76,14 +78,14 @@ def atomic_folder(
             else:
                 _publish(path, temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_temporary(temporary)
     if fsync:
         sync_folder(target.parent)
 
 
 @contextmanager
-def _system_errors(path: StrPath, temporary: Path) -> Iterator[None]:
-    """Turn what the system refused while the folder was filled into a sentence about ``path``."""
+def _body_errors(path: StrPath, temporary: Path) -> Iterator[None]:
+    """Turn what the system refused while the caller filled the folder into a sentence."""
     try:
         yield
     except CheckpointError as error:

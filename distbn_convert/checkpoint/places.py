@@ -1,18 +1,17 @@
-"""Where output may go: paths, space, temporary names, and sentences for what the system refuses."""
+"""Where output may go: paths, space, and sentences for what the system refuses."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import re
-import secrets
 import shutil
 import stat
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
-from ..errors import FileAccessError, OutputExistsError
+from ..errors import CheckpointError, FileAccessError, OutputExistsError
 
 __all__ = [
     "StrPath",
@@ -20,14 +19,13 @@ __all__ = [
     "check_space",
     "find_disk_full",
     "human_size",
-    "new_temporary",
     "output_place",
     "points_outside",
-    "remove_stale",
     "same_file",
     "stat_or_none",
     "sync_folder",
     "take_over",
+    "told",
 ]
 
 StrPath = str | os.PathLike[str]
@@ -35,10 +33,6 @@ StrPath = str | os.PathLike[str]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _UNITS = ("kB", "MB", "GB", "TB")
-_STALE_AFTER = 3600  # seconds
-_NAME_BYTES = 200  # of the 255 that file systems allow, the rest is for the pid and the suffix
-
-_ours: set[str] = set()
 
 
 def human_size(count: int) -> str:
@@ -77,6 +71,21 @@ def find_disk_full(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def told(path: StrPath) -> Iterator[None]:
+    """Turn what the system refuses while ``path`` is written into a sentence.
+
+    Raises:
+        FileAccessError: instead of any OSError that is not one of ours yet.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise access_error(f"cannot write {path}", error) from error
 
 
 def _refusal(code: int, message: str) -> FileAccessError:
@@ -175,50 +184,6 @@ def check_space(folder: Path, needed: int | None) -> None:
             f"not enough space in {folder}: needs {human_size(needed)}, has {human_size(free)}; "
             "nothing was written.",
         )
-
-
-def new_temporary(target: Path) -> Path:
-    """Return a name beside ``target`` that nothing else uses and ``remove_stale`` recognises."""
-    name = f"{_stem(target)}{os.getpid()}.{secrets.token_hex(4)}.distbn-tmp"
-    _ours.add(name)
-    return target.with_name(name)
-
-
-def _stem(target: Path) -> str:
-    return f".{os.fsencode(target.name)[:_NAME_BYTES].decode(errors='ignore')}."
-
-
-def remove_stale(target: Path) -> None:
-    """Remove what killed processes left of ``target``: an hour old, the process gone."""
-    if os.name == "nt":  # asking whether a process lives would end it there
-        return
-    pattern = re.compile(re.escape(_stem(target)) + r"(\d{1,9})\.[0-9a-f]{8}\.distbn-tmp")
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(target.parent)):
-            found = pattern.fullmatch(entry.name)
-            if found is None or entry.name in _ours or _is_alive(int(found[1])):
-                continue
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_AFTER:
-                _remove(entry)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():  # in a container each run may have the same one
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _remove(entry: os.DirEntry[str]) -> None:
-    if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path, ignore_errors=True)
-    else:
-        os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:
