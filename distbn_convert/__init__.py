@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .layers import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistBatchNormMixin
     from .plan import ConversionPlan, PlanEntry, plan_conversion
     from .registry import register_pair
+    from .samplers import VirtualDistributedSampler
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "DistBatchNorm3d",
     "DistBatchNormMixin",
     "PlanEntry",
+    "VirtualDistributedSampler",
     "__version__",
     "convert_model",
     "errors",
@@ -40,6 +42,7 @@ _HOME = {
     "DistBatchNorm3d": "layers",
     "DistBatchNormMixin": "layers",
     "PlanEntry": "plan",
+    "VirtualDistributedSampler": "samplers",
     "convert_model": "convert",
     "plan_conversion": "plan",
     "register_pair": "registry",
