@@ -55,7 +55,7 @@ class VirtualDistributedSampler(Sampler[list[int]]):
 
     Example::
 
-        >>> sampler = VirtualDistributedSampler(range(10), batch_size=2, vt_world_size=2, shuffle=False)
+        >>> sampler = VirtualDistributedSampler(range(10), 2, vt_world_size=2, shuffle=False)
         >>> list(sampler)
         [[0, 2, 1, 3], [4, 6, 5, 7], [8, 9]]
         >>> loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
