@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .plan import ConversionPlan, PlanEntry, plan_conversion
     from .registry import register_pair
     from .samplers import VirtualDistributedSampler
+    from .sync import sync_running_stats
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "plan_conversion",
     "register_pair",
     "revert_model",
+    "sync_running_stats",
 ]
 
 # Public name -> the module that defines it. Importing the package imports none of them (PEP 562),
@@ -47,6 +49,7 @@ _HOME = {
     "plan_conversion": "plan",
     "register_pair": "registry",
     "revert_model": "convert",
+    "sync_running_stats": "sync",
 }
 
 

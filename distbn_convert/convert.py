@@ -29,8 +29,9 @@ from .plan import (
     walk,
     wrapper_advice,
 )
+from .processes import gather_rows, group_place
 from .registry import plain_class_of
-from .replicas import check_reduction, reduce_count, reduce_statistics, replicate
+from .replicas import check_reduction, reduce_rows, replicate
 
 __all__ = ["convert_model", "revert_model"]
 
@@ -125,6 +126,7 @@ def revert_model(
     rank: int = 0,
     *,
     filter_fn: FilterFn | None = None,
+    process_group: Any = None,
 ) -> nn.Module:
     """Turn each layer with virtual ranks back into the BatchNorm that it was, in place.
 
@@ -134,6 +136,10 @@ def revert_model(
             ``"pooled"`` (law of total variance). Default: ``"mean"``
         rank: **int**, the rank that ``"select"`` takes. Default: 0
         filter_fn: **callable(module, fqn) -> bool**, takes the layers to revert. Default: None, all
+        process_group: **ProcessGroup**, reduce over the rows of all its processes together, one
+            collective, each of them calling this; ``torch.distributed.group.WORLD`` for all
+            there are. Rows, and ``rank``, count through the processes: process r of R holds rV
+            to rV + V - 1. Default: None, the rows of this process alone
 
     Returns:
         nn.Module: ``model`` itself. Its evaluation equals, bit for bit, that of the converted
@@ -141,7 +147,7 @@ def revert_model(
         statistic bit for bit. ``num_batches_tracked`` is the selected rank's, else the largest.
 
     Raises:
-        ConfigurationError: unknown reduction, or a rank out of range.
+        ConfigurationError: unknown reduction, a rank out of range, or a process outside the group.
         UnsupportedModuleError: a compiled, DDP-, FSDP- or DataParallel-wrapped model.
         NothingToConvertError: no layer has virtual ranks, or the filter takes none.
         ConversionError: a reduced statistic is too large for its dtype.
@@ -170,7 +176,7 @@ def revert_model(
         )
         raise _nothing(found, filter_fn, "layer with virtual ranks", "revert")
     plain_classes = [_plain_class(module) for module in chosen]
-    reduced = [_reduce(module, reduction, rank) for module in chosen]
+    reduced = _reduce_all(chosen, reduction, rank, process_group)
     for module, plain, statistics in zip(chosen, plain_classes, reduced, strict=True):
         module.__class__ = plain  # type: ignore[assignment]
         for name in RankSettings.__dataclass_fields__:
@@ -221,22 +227,21 @@ def _plain_class(module: DistBatchNormMixin) -> type[nn.Module]:
     return plain
 
 
-def _reduce(module: DistBatchNormMixin, reduction: str, rank: int) -> dict[str, Tensor]:
-    check_reduction(reduction, rank, module.num_ranks)
-    mean, var, count = (getattr(module, name) for name in STATISTICS)
-    reduced: dict[str, Tensor] = {}
-    if mean is not None and var is not None:
-        new = reduce_statistics(mean, var, reduction, rank)
-        for name, rows, statistic in zip(STATISTICS, (mean, var), new, strict=False):
-            if not rows.is_meta and statistic.isinf().any() and not rows.isinf().any():
-                raise ConversionError(
-                    f"the {reduction} {name} of the ranks is too large for {rows.dtype}; "
-                    "convert the model to float32 first, or use another reduction."
-                )
-            reduced[name] = statistic.clone()
-    if count is not None:
-        reduced["num_batches_tracked"] = reduce_count(count, reduction, rank).clone()
-    return reduced
+def _reduce_all(
+    modules: list[DistBatchNormMixin], reduction: str, rank: int, process_group: Any
+) -> list[dict[str, Tensor]]:
+    """Return each layer's reduced statistics by name, over the group's processes if given."""
+    processes = 1 if process_group is None else group_place(process_group)[0]
+    for module in modules:
+        check_reduction(reduction, rank, processes * module.num_ranks)
+    named = [
+        {name: buffer for name in STATISTICS if (buffer := getattr(module, name)) is not None}
+        for module in modules
+    ]
+    rows = [buffer for buffers in named for buffer in buffers.values()]
+    gathered = iter(rows if process_group is None else gather_rows(rows, process_group))
+    stacked = [{name: next(gathered) for name in buffers} for buffers in named]
+    return [reduce_rows(rows, reduction, rank) for rows in stacked]
 
 
 def _where(fqn: str) -> str:

@@ -19,12 +19,12 @@ FLOORS = [
     {"errors"},
     {"kernels"},
     {"functional"},
-    {"replicas"},
+    {"replicas", "processes"},
     {"layers"},
     {"registry"},
     {"plan"},
     {"convert"},
-    {"checkpoint", "models", "samplers", "integrations"},
+    {"checkpoint", "models", "samplers", "sync", "integrations"},
     {"cli"},
 ]
 # Third-party package -> where alone it may be imported.
