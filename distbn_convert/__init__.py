@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .convert import convert_model, revert_model
     from .layers import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistBatchNormMixin
     from .plan import ConversionPlan, PlanEntry, plan_conversion
+    from .population import recalibrate
     from .registry import register_pair
     from .samplers import VirtualDistributedSampler
     from .sync import sync_running_stats
@@ -30,6 +31,7 @@ __all__ = [
     "functional",
     "models",
     "plan_conversion",
+    "recalibrate",
     "register_pair",
     "revert_model",
     "sync_running_stats",
@@ -47,6 +49,7 @@ _HOME = {
     "VirtualDistributedSampler": "samplers",
     "convert_model": "convert",
     "plan_conversion": "plan",
+    "recalibrate": "population",
     "register_pair": "registry",
     "revert_model": "convert",
     "sync_running_stats": "sync",

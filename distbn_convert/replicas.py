@@ -25,6 +25,7 @@ from .errors import ConfigurationError, ConversionError
 __all__ = [
     "REDUCTIONS",
     "check_reduction",
+    "merge_moments",
     "reduce_count",
     "reduce_rows",
     "reduce_statistics",
@@ -134,6 +135,28 @@ def reduce_rows(
         count = reduce_count(rows["num_batches_tracked"], reduction, rank)
         reduced["num_batches_tracked"] = count.clone()
     return reduced
+
+
+def merge_moments(count: Tensor, mean: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unite M populations, rank by rank.
+
+    Args:
+        count: values seen, ``Tensor[M, K, 1]`` or ``Tensor[M, 1]``.
+        mean: their means, ``Tensor[M, K, C]`` or ``Tensor[M, C]``.
+        deviations: sums of their squared deviations from those means, shaped like ``mean``.
+
+    Returns:
+        The same three of the union, without the axis M; an axis of one for ``Tensor[M, C]``.
+
+    References:
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+        variances", 1979.
+    """
+    keepdim = mean.dim() == 2
+    total = count.sum(0, keepdim)
+    union = (count * mean).sum(0, keepdim) / total.clamp(min=1)
+    deviations = (deviations + count * (mean - union).square()).sum(0, keepdim)
+    return total, union, deviations
 
 
 def _wide_mean(rows: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ FLOORS = [
     {"registry"},
     {"plan"},
     {"convert"},
-    {"checkpoint", "models", "samplers", "sync", "integrations"},
+    {"checkpoint", "models", "samplers", "sync"},
+    {"population", "integrations"},
     {"cli"},
 ]
 # Third-party package -> where alone it may be imported.
