@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from .convert import convert_model, revert_model
     from .layers import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistBatchNormMixin
     from .plan import ConversionPlan, PlanEntry, plan_conversion
+    from .population import recalibrate
     from .registry import register_pair
+    from .samplers import VirtualDistributedSampler
+    from .sync import sync_running_stats
 
 __version__ = "0.1.0"
 
@@ -21,14 +24,17 @@ __all__ = [
     "DistBatchNorm3d",
     "DistBatchNormMixin",
     "PlanEntry",
+    "VirtualDistributedSampler",
     "__version__",
     "convert_model",
     "errors",
     "functional",
     "models",
     "plan_conversion",
+    "recalibrate",
     "register_pair",
     "revert_model",
+    "sync_running_stats",
 ]
 
 # Public name -> the module that defines it. Importing the package imports none of them (PEP 562),
@@ -40,10 +46,13 @@ _HOME = {
     "DistBatchNorm3d": "layers",
     "DistBatchNormMixin": "layers",
     "PlanEntry": "plan",
+    "VirtualDistributedSampler": "samplers",
     "convert_model": "convert",
     "plan_conversion": "plan",
+    "recalibrate": "population",
     "register_pair": "registry",
     "revert_model": "convert",
+    "sync_running_stats": "sync",
 }
 
 

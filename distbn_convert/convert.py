@@ -29,8 +29,9 @@ from .plan import (
     walk,
     wrapper_of,
 )
+from .processes import gather_rows, group_place
 from .registry import plain_class_of
-from .replicas import check_reduction, reduce_count, reduce_statistics, replicate
+from .replicas import check_reduction, reduce_rows, replicate
 
 __all__ = ["convert_model", "revert_model"]
 
@@ -136,6 +137,7 @@ def revert_model(
     rank: int = 0,
     *,
     filter_fn: FilterFn | None = None,
+    process_group: Any = None,
 ) -> nn.Module:
     """Turn each layer with virtual ranks back into the BatchNorm that it was, in place.
 
@@ -145,6 +147,10 @@ def revert_model(
             ``"pooled"`` (law of total variance). Default: ``"mean"``
         rank: **int**, the rank that ``"select"`` takes. Default: 0
         filter_fn: **callable(module, fqn) -> bool**, takes the layers to revert. Default: None, all
+        process_group: **ProcessGroup**, reduce over the rows of all its processes together, one
+            collective, each of them calling this; ``torch.distributed.group.WORLD`` for all
+            there are. Rows, and ``rank``, count through the processes: process r of R holds rV
+            to rV + V - 1. Default: None, the rows of this process alone
 
     Returns:
         nn.Module: ``model`` itself. Its evaluation equals, bit for bit, that of the converted
@@ -152,7 +158,7 @@ def revert_model(
         statistic bit for bit. ``num_batches_tracked`` is the selected rank's, else the largest.
 
     Raises:
-        ConfigurationError: unknown reduction, or a rank out of range.
+        ConfigurationError: unknown reduction, a rank out of range, or a process outside the group.
         UnsupportedModuleError: a DDP-, FSDP- or DataParallel-wrapped model, a layer whose forward
             was replaced or that is parametrized.
         NothingToConvertError: no layer has virtual ranks, or the filter takes none.
@@ -174,7 +180,7 @@ def revert_model(
     if not entries:
         raise _nothing(candidates, filter_fn, "layer with virtual ranks", "revert")
     _raise_unless_revertible(modules, entries)
-    buffers = _reduce_all(entries, reduction, rank)
+    buffers = _reduce_all(entries, reduction, rank, process_group)
     for entry in entries:
         entry.module.__class__ = plain_class_of(type(entry.module))  # type: ignore[assignment]
         for name in RankSettings.__dataclass_fields__:
@@ -205,25 +211,33 @@ def _replicate_all(entries: list[PlanEntry], ranks: int) -> list[NewBuffer]:
 
 
 @torch.inference_mode(False)
-def _reduce_all(entries: list[PlanEntry], reduction: str, rank: int) -> list[NewBuffer]:
-    """Reduce the statistics of all layers; what two layers share stays shared."""
-    reduced: dict[tuple[int, ...], Tensor] = {}
-    buffers: list[NewBuffer] = []
+def _reduce_all(
+    entries: list[PlanEntry], reduction: str, rank: int, process_group: Any
+) -> list[NewBuffer]:
+    """Reduce the statistics of all layers, over the group's processes if given.
+
+    What two layers share stays shared.
+    """
+    processes = 1 if process_group is None else group_place(process_group)[0]
+    layers = []
     for entry in entries:
         module = cast(DistBatchNormMixin, entry.module)
-        mean, var, count = (getattr(module, name) for name in STATISTICS)
-        check_reduction(reduction, rank, module.num_ranks)
-        if mean is not None and var is not None:
-            new_mean, new_var = reduce_statistics(mean, var, reduction, rank)
-            _raise_if_overflown(entry, mean, new_mean, reduction)
-            _raise_if_overflown(entry, var, new_var, reduction)
-            new_mean = reduced.setdefault((id(mean),), new_mean.clone())
-            new_var = reduced.setdefault((id(mean), id(var)), new_var.clone())
-            buffers += [(module, STATISTICS[0], new_mean), (module, STATISTICS[1], new_var)]
-        if count is not None:
-            new_count = reduce_count(count, reduction, rank).clone()
-            buffers.append((module, STATISTICS[2], reduced.setdefault((id(count),), new_count)))
-    return buffers
+        check_reduction(reduction, rank, processes * module.num_ranks)
+        buffers = {name: getattr(module, name) for name in STATISTICS}
+        layers.append({name: buffer for name, buffer in buffers.items() if buffer is not None})
+    rows = [buffer for buffers in layers for buffer in buffers.values()]
+    gathered = iter(rows if process_group is None else gather_rows(rows, process_group))
+    shared: dict[tuple[str | int, ...], Tensor] = {}
+    new = []
+    for entry, buffers in zip(entries, layers, strict=True):
+        stacked = {name: next(gathered) for name in buffers}
+        for name, value in reduce_rows(stacked, reduction, rank).items():
+            # A pooled variance depends on the mean as well.
+            pair = ("running_mean", "running_var")
+            sources = [buffers[key] for key in (pair if name == "running_var" else (name,))]
+            value = shared.setdefault((name, *map(id, sources)), value)
+            new.append((entry.module, name, value))
+    return new
 
 
 def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -261,14 +275,6 @@ def _raise_unless_revertible(
             reason = f"{name} has no plain class to return to; register_pair it with one first"
         if reason is not None:
             raise UnsupportedModuleError(f"{_where(entry.fqn)} cannot be reverted: {reason}.")
-
-
-def _raise_if_overflown(entry: PlanEntry, rows: Tensor, reduced: Tensor, reduction: str) -> None:
-    if not rows.is_meta and reduced.isinf().any() and not rows.isinf().any():
-        raise ConversionError(
-            f"the {reduction} statistics of {_where(entry.fqn)} are too large for {rows.dtype}; "
-            "convert the model to float32 first, or use another reduction."
-        )
 
 
 def _where(fqn: str) -> str:

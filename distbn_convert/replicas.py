@@ -15,15 +15,19 @@ pooled   mean of means; mean of variances + variance   the statistics of the uni
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ConversionError
 
 __all__ = [
     "REDUCTIONS",
     "check_reduction",
+    "merge_moments",
     "reduce_count",
+    "reduce_rows",
     "reduce_statistics",
     "replicate",
 ]
@@ -107,6 +111,63 @@ def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int
 def _rows_equal(rows: Tensor) -> Tensor:
     """Return for each channel of ``Tensor[V, C]`` whether all ranks agree, NaN with NaN."""
     return ((rows == rows[0]) | (rows.isnan() & rows[0].isnan())).all(0)
+
+
+def reduce_rows(
+    rows: Mapping[str, Tensor], reduction: str = "mean", rank: int = 0
+) -> dict[str, Tensor]:
+    """Reduce all statistics of one layer, in memory of their own.
+
+    Args:
+        rows: ``running_mean`` and ``running_var`` ``Tensor[K, C]``, ``num_batches_tracked``
+            ``int64 Tensor[K]``, as far as the layer has them.
+        reduction: ``"mean"``, ``"select"`` or ``"pooled"``. Default: ``"mean"``
+        rank: the row that ``"select"`` takes. Default: 0
+
+    Returns:
+        The same names, without the axis of ranks.
+
+    Raises:
+        ConfigurationError: unknown reduction, or a rank out of range.
+        ConversionError: a reduced statistic is too large for its dtype.
+    """
+    reduced = {}
+    if "running_mean" in rows and "running_var" in rows:
+        new = reduce_statistics(rows["running_mean"], rows["running_var"], reduction, rank)
+        for name, statistic in zip(("running_mean", "running_var"), new, strict=True):
+            values = rows[name]
+            if not values.is_meta and statistic.isinf().any() and not values.isinf().any():
+                raise ConversionError(
+                    f"the {reduction} {name} of the ranks is too large for {values.dtype}; "
+                    "convert the model to float32 first, or use another reduction."
+                )
+            reduced[name] = statistic.clone()
+    if "num_batches_tracked" in rows:
+        count = reduce_count(rows["num_batches_tracked"], reduction, rank)
+        reduced["num_batches_tracked"] = count.clone()
+    return reduced
+
+
+def merge_moments(count: Tensor, mean: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unite M populations, rank by rank.
+
+    Args:
+        count: values seen, ``Tensor[M, K, 1]`` or ``Tensor[M, 1]``.
+        mean: their means, ``Tensor[M, K, C]`` or ``Tensor[M, C]``.
+        deviations: sums of their squared deviations from those means, shaped like ``mean``.
+
+    Returns:
+        The same three of the union, without the axis M; an axis of one for ``Tensor[M, C]``.
+
+    References:
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+        variances", 1979.
+    """
+    keepdim = mean.dim() == 2
+    total = count.sum(0, keepdim)
+    union = (count * mean).sum(0, keepdim) / total.clamp(min=1)
+    deviations = (deviations + count * (mean - union).square()).sum(0, keepdim)
+    return total, union, deviations
 
 
 def _wide_mean(rows: Tensor) -> Tensor:

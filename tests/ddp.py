@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.utils.data import DistributedSampler
 
 SAMPLES, EPOCHS, SHARE = 48, 2, 4  # SHARE: samples of one rank in one batch
 State = dict[str, Tensor]
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.utils.data"]
 
 
 def make_model() -> nn.Module:
@@ -34,11 +38,15 @@ def make_model() -> nn.Module:
     ).double()
 
 
-def make_data() -> tuple[Tensor, Tensor]:
+def make_data(samples: int = SAMPLES) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    images = torch.randn(SAMPLES, 3, 8, 8, generator=generator, dtype=torch.float64)
-    scales = torch.rand(SAMPLES, 1, 1, 1, generator=generator, dtype=torch.float64) * 3
-    return images * scales + scales, torch.randint(0, 5, (SAMPLES,), generator=generator)
+    images = torch.randn(samples, 3, 8, 8, generator=generator, dtype=torch.float64)
+    scales = torch.rand(samples, 1, 1, 1, generator=generator, dtype=torch.float64) * 3
+    return images * scales + scales, torch.randint(0, 5, (samples,), generator=generator)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
 
 
 def sampled(epoch: int, replicas: int, rank: int) -> list[int]:
@@ -50,7 +58,7 @@ def sampled(epoch: int, replicas: int, rank: int) -> list[int]:
 
 def train(model: nn.Module, batches: list[Tensor]) -> None:
     images, labels = make_data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
+    optimizer = make_optimizer(model)
     for batch in batches:
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
@@ -58,30 +66,52 @@ def train(model: nn.Module, batches: list[Tensor]) -> None:
         optimizer.step()
 
 
-def _worker(rank: int, replicas: int, broadcast: bool, folder: str) -> None:
+def wrap(model: nn.Module, *, broadcast: bool = False) -> nn.Module:
+    """Wrap in DDP; without broadcast each process keeps statistics of its own."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{option: broadcast})
+
+
+def spawn(function: Callable[..., Any], processes: int, folder: Path, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` in real processes over gloo; return what each one returned."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    arguments = (processes, str(folder), function, args)
+    # A server that has imported torch once forks the processes: seconds instead of a minute.
+    get_context("forkserver").set_forkserver_preload(PRELOAD)
+    mp.start_processes(_worker, arguments, nprocs=processes, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pth") for rank in range(processes)]
+
+
+def _worker(
+    rank: int, processes: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=replicas
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes
     )
     try:
-        model = make_model()
-        extra = {} if broadcast else {"broadcast_buffers": False}
-        batches = [
-            batch
-            for epoch in range(EPOCHS)
-            for batch in torch.tensor(sampled(epoch, replicas, rank)).split(SHARE)
-        ]
-        train(DistributedDataParallel(model, **extra), batches)
-        torch.save(model.state_dict(), Path(folder) / f"{rank}.pth")
+        torch.save(function(*args), Path(folder) / f"{rank}.pth")
     finally:
         dist.destroy_process_group()
 
 
+def _train_ddp(broadcast: bool) -> State:
+    model = make_model()
+    batches = [
+        batch
+        for epoch in range(EPOCHS)
+        for batch in torch.tensor(sampled(epoch, dist.get_world_size(), dist.get_rank())).split(
+            SHARE
+        )
+    ]
+    train(wrap(model, broadcast=broadcast), batches)
+    return model.state_dict()
+
+
 def train_ddp(replicas: int, folder: Path, *, broadcast: bool) -> list[State]:
     """Train in real processes over gloo; return the state of each rank's model."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_worker, (replicas, broadcast, str(folder)), nprocs=replicas)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(replicas)]
+    return spawn(_train_ddp, replicas, folder, broadcast)
 
 
 def dealt_batches(replicas: int) -> list[Tensor]:

@@ -20,12 +20,13 @@ FLOORS = [
     {"kernels"},
     {"checks"},
     {"functional"},
-    {"replicas"},
+    {"replicas", "processes"},
     {"layers"},
     {"registry"},
     {"plan"},
     {"convert"},
-    {"checkpoint", "models", "samplers", "integrations"},
+    {"checkpoint", "models", "samplers", "sync"},
+    {"population", "integrations"},
     {"cli"},
 ]
 # Third-party package -> where alone it may be imported.

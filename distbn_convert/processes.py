@@ -1,0 +1,68 @@
+"""Bring what every process of a group holds into one tensor, by a single collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+__all__ = ["gather_rows", "group_place"]
+
+
+def group_place(process_group: Any = None) -> tuple[int, int]:
+    """Return the number of processes in the group and this one's place; (1, 0) without any.
+
+    Args:
+        process_group: **ProcessGroup**. Default: None, the default group if there is one
+
+    Raises:
+        ConfigurationError: this process is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1, 0
+    size, place = dist.get_world_size(process_group), dist.get_rank(process_group)
+    if place < 0:
+        raise ConfigurationError(
+            "expected a process_group that this process belongs to, but it does not; "
+            "call this in the group's processes alone."
+        )
+    return size, place
+
+
+def gather_rows(rows: Sequence[Tensor], process_group: Any = None) -> list[Tensor]:
+    """Stack the rows of all processes in the order of their places, bit for bit.
+
+    All tensors travel as bytes in one collective, so that each process can do exact arithmetic
+    on the same numbers. It takes as much memory as the rows of all processes.
+
+    Args:
+        rows: each ``Tensor[K, *]``, of any dtype; shapes and dtypes must be the same in every
+            process.
+        process_group: **ProcessGroup**. Default: None, the default group if there is one
+
+    Returns:
+        Each ``Tensor[R * K, *]``; the tensors themselves if there are no other processes.
+
+    Raises:
+        ConfigurationError: this process is not in the group.
+    """
+    size, _ = group_place(process_group)
+    if size == 1 or not rows:
+        return list(rows)
+    device = rows[0].device
+    own = torch.cat([tensor.detach().reshape(-1).view(torch.uint8).to(device) for tensor in rows])
+    everything = own.new_empty(size * own.numel())
+    dist.all_gather_into_tensor(everything, own, group=process_group)
+    parts = everything.view(size, -1).split([tensor.nbytes for tensor in rows], dim=1)
+    return [
+        part.clone(memory_format=torch.contiguous_format)
+        .view(tensor.dtype)
+        .view(-1, *tensor.shape[1:])
+        .to(tensor.device)
+        for part, tensor in zip(parts, rows, strict=True)
+    ]

@@ -1,0 +1,152 @@
+"""The batches that many processes with DistributedSampler would see, for fewer processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .checks import check_partition, check_vt_world_size
+from .errors import ConfigurationError
+
+__all__ = ["VirtualDistributedSampler"]
+
+
+class VirtualDistributedSampler(Sampler[list[int]]):
+    """Deal a dataset to V virtual ranks as ``DistributedSampler`` deals it to V processes.
+
+    A batch sampler: batch t holds, rank after rank, what each of the V processes would get as
+    its batch t from ``DataLoader(dataset, batch_size, sampler=DistributedSampler(dataset, V,
+    rank, shuffle, seed, drop_last), drop_last=drop_last_batch)``, in the same order. Under R
+    processes each deals to its own V of the R * V ranks, process r to ranks rV to rV + V - 1.
+
+    Args:
+        dataset: **Sized**, the dataset or anything of its length.
+        batch_size: **int**, samples of one virtual rank in one batch, as a process's own
+            ``DataLoader`` counts them; a batch holds V times as many.
+        vt_world_size: **int**, number of virtual ranks V.
+        num_replicas: **int**, number of real processes R. Default: None, ``torch.distributed``'s
+            world size, 1 if there is none
+        rank: **int**, this process, 0 to R - 1. Default: None, ``torch.distributed``'s
+        shuffle: **bool**, permute anew in each epoch. Default: True
+        seed: **int**, of the permutation, the same in all processes. Default: 0
+        drop_last: **bool**, ``DistributedSampler``'s: drop the tail of a dataset that does not
+            divide by the ranks; else its first samples are repeated. Default: False
+        drop_last_batch: **bool**, ``DataLoader``'s ``drop_last``: leave out a last batch of fewer
+            than ``batch_size`` samples to a rank. Default: False
+        partition: **str**, lay a batch out for layers with that partition: ``"contiguous"``
+            (rank after rank) or ``"interleaved"`` (dealt in turn, which is the order of the
+            permutation). Default: ``"contiguous"``
+        accumulation_steps: **int**, A: each process stands for V * A ranks, and A batches in
+            a row are one step, V ranks each. Default: 1
+
+    Raises:
+        ConfigurationError: an argument is outside its allowed values.
+
+    Note:
+        Every rank gets the same number of samples in every batch, the last one too: it is
+        smaller for all. So a mean over the batch is the mean of the ranks' means, which is what
+        DDP's averaged gradients descend, and no loss needs weights.
+
+        Call :meth:`set_epoch` before each epoch, as for ``DistributedSampler``.
+
+    Example::
+
+        >>> sampler = VirtualDistributedSampler(range(10), 2, vt_world_size=2, shuffle=False)
+        >>> list(sampler)
+        [[0, 2, 1, 3], [4, 6, 5, 7], [8, 9]]
+        >>> loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        vt_world_size: int,
+        *,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        drop_last_batch: bool = False,
+        partition: str = "contiguous",
+        accumulation_steps: int = 1,
+    ) -> None:
+        check_vt_world_size(vt_world_size)
+        check_vt_world_size(accumulation_steps, "accumulation_steps")
+        check_partition(partition)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigurationError(
+                f"batch_size must be a positive int, but got {batch_size!r}; "
+                "give the samples of one virtual rank, not of the whole batch."
+            )
+        self.num_replicas, self.rank = _replica(num_replicas, rank)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.vt_world_size = vt_world_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.drop_last_batch = drop_last_batch
+        self.partition = partition
+        self.accumulation_steps = accumulation_steps
+        self.epoch = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """All ranks of all processes: R * V * A."""
+        return self.num_replicas * self.vt_world_size * self.accumulation_steps
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one rank in one epoch."""
+        whole, rest = divmod(len(self.dataset), self.num_ranks)
+        return whole + bool(rest and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation of that epoch, the same as in ``DistributedSampler``."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return (whole + bool(rest and not self.drop_last_batch)) * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self._deal()
+        for step in range(len(self) // self.accumulation_steps):
+            samples = rows[:, step * self.batch_size : (step + 1) * self.batch_size]
+            for share in samples.split(self.vt_world_size):
+                yield (share.T if self.partition == "interleaved" else share).flatten().tolist()
+
+    def _deal(self) -> Tensor:
+        """Return the samples of this process's ranks, ``int64 Tensor[V * A, num_samples]``."""
+        order = torch.arange(len(self.dataset))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)
+        total = self.num_samples * self.num_ranks
+        if total > len(order):
+            order = order.repeat(-(-total // len(order)))
+        dealt = order[:total].view(self.num_samples, self.num_ranks).T
+        return dealt.tensor_split(self.num_replicas)[self.rank]
+
+
+def _replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """Return R and r, those of ``torch.distributed`` where None."""
+    running = dist.is_available() and dist.is_initialized()
+    if num_replicas is None:
+        num_replicas = dist.get_world_size() if running else 1
+    if rank is None:
+        rank = dist.get_rank() if running else 0
+    check_vt_world_size(num_replicas, "num_replicas")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < num_replicas:
+        raise ConfigurationError(
+            f"rank must be an int from 0 to {num_replicas - 1} (there are {num_replicas} "
+            f"processes), but got {rank!r}; leave both out to take torch.distributed's."
+        )
+    return num_replicas, rank

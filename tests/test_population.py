@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distbn_convert import DistBatchNorm2d, convert_model, recalibrate, revert_model
+from distbn_convert.errors import (
+    ConfigurationError,
+    InputError,
+    NothingToConvertError,
+    UnsupportedModuleError,
+)
+
+from . import calibrated, ddp
+from .calibrated import make_batches
+from .oracle import rank_indices
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def population(shares: list[Tensor]) -> tuple[Tensor, Tensor]:
+    values = torch.cat([share.movedim(1, -1).flatten(0, -2) for share in shares])
+    return values.mean(0), values.var(0, correction=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_plain_layer_gets_the_statistics_of_all_the_data(momentum: float | None) -> None:
+    layer = nn.BatchNorm2d(3, momentum=momentum).double()
+    layer(torch.randn(4, 3, 2, 2, dtype=torch.float64))
+    recalibrate(layer, [(batch, "label") for batch in make_batches()])
+    torch.testing.assert_close(
+        (layer.running_mean, layer.running_var), population(make_batches()), **CLOSE
+    )
+    assert layer.num_batches_tracked == 1
+    assert layer.momentum == momentum
+
+
+@pytest.mark.parametrize("partition", ["contiguous", "interleaved"])
+def test_each_rank_gets_the_statistics_of_its_own_samples(partition: str) -> None:
+    batches = make_batches()  # of the last one, rank 3 has no samples
+    layer = convert_model(nn.BatchNorm2d(3).double(), 4, partition=partition)
+    recalibrate(layer, batches)
+    for rank in range(4):
+        shares = [batch[rank_indices(len(batch), 4, partition)[rank]] for batch in batches]
+        mean, var = population(shares)
+        torch.testing.assert_close(layer.running_mean[rank], mean, **CLOSE)
+        torch.testing.assert_close(layer.running_var[rank], var, **CLOSE)
+    assert layer.num_batches_tracked.tolist() == [0] * 4
+
+
+def test_pooled_gives_every_rank_the_statistics_of_all_the_data() -> None:
+    layer = convert_model(nn.BatchNorm2d(3).double(), 4)
+    recalibrate(layer, make_batches(), pooled=True)
+    mean, var = population(make_batches())
+    torch.testing.assert_close(layer.running_mean, mean.expand(4, 3), **CLOSE)
+    torch.testing.assert_close(layer.running_var, var.expand(4, 3), **CLOSE)
+
+
+def test_micro_steps_go_to_their_own_rows() -> None:
+    batches = make_batches()
+    layer = convert_model(nn.BatchNorm2d(3).double(), 2, accumulation_steps=2)
+    recalibrate(layer, batches)
+    for row in range(4):
+        shares = [batch.tensor_split(2)[row % 2] for batch in batches[row // 2 :: 2]]
+        torch.testing.assert_close(layer.running_var[row], population(shares)[1], **CLOSE)
+
+
+def test_rows_without_samples_keep_their_statistics() -> None:
+    layer = convert_model(nn.BatchNorm2d(3), 4)
+    layer.running_mean.fill_(7)
+    recalibrate(layer, [torch.randn(2, 3, 4, 4)])
+    assert (layer.running_mean == 7).all(1).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("vt_world_size", [4, 8])
+def test_it_is_closer_to_the_true_variance_than_every_reduction(vt_world_size: int) -> None:
+    """Images differ (variance 9) more than the pixels of one (4); a rank sees few images."""
+
+    def batch(size: int) -> Tensor:
+        return 3 * torch.randn(size, 256, 1, 1) + 2 * torch.randn(size, 256, 4, 4)
+
+    layer = DistBatchNorm2d(256, vt_world_size=vt_world_size)
+    for _ in range(150):
+        layer(batch(2 * vt_world_size))
+
+    def error(model: nn.Module) -> float:
+        return abs(float(model.running_var.mean()) - 13)
+
+    errors = [
+        error(revert_model(copy.deepcopy(layer), word)) for word in ("mean", "select", "pooled")
+    ]
+    for pooled in (False, True):
+        recalibrate(layer, [batch(2 * vt_world_size) for _ in range(60)], pooled=pooled)
+        for word in ("mean", "select", "pooled"):
+            assert error(revert_model(copy.deepcopy(layer), word)) < min(errors) / 4
+    assert min(errors) > 2
+
+
+def test_a_large_mean_leaves_the_variance_exact() -> None:
+    layer = convert_model(nn.BatchNorm1d(3).double(), 2)
+    batches = [torch.randn(8, 3, dtype=torch.float64) + 1e6 for _ in range(5)]
+    recalibrate(layer, batches, pooled=True)
+    torch.testing.assert_close(layer.running_var[0], torch.cat(batches).var(0, correction=0))
+
+
+class Twice(nn.Module):
+    """A shared layer, a frozen one, dropout, and the layer's input by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = convert_model(nn.BatchNorm2d(3).double(), 2)
+        self.frozen = nn.BatchNorm2d(3).double()
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.frozen(self.drop(self.norm(input=self.norm(input=input))))
+
+
+def test_modes_hooks_and_frozen_layers_stay_and_dropout_is_off() -> None:
+    model = Twice()
+    model.frozen.eval()
+    batch = make_batches()[0]
+    recalibrate(model, [batch])
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    assert not model.norm._forward_hooks
+    assert not model.norm._forward_pre_hooks
+    assert torch.equal(model.frozen.running_var, torch.ones(3, dtype=torch.float64))
+    normalized = convert_model(nn.BatchNorm2d(3).double(), 2)(batch).detach()
+    shares = [torch.cat([b.tensor_split(2)[1] for b in (batch, normalized)])]
+    torch.testing.assert_close(model.norm.running_var[1], population(shares)[1], **CLOSE)
+
+    model.eval()
+    recalibrate(model, [batch])
+    assert not any(m.training for m in model.modules())
+    assert not torch.equal(model.frozen.running_var, torch.ones(3, dtype=torch.float64))
+    twin = Twice()
+    twin.drop.p = 0.0
+    recalibrate(twin.eval(), [batch])
+    assert torch.equal(twin.frozen.running_var, model.frozen.running_var)
+
+
+def test_after_an_error_everything_is_as_before() -> None:
+    model = Twice()
+    model(make_batches()[0])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="expected 3 channels"):
+        recalibrate(model, [make_batches()[0], torch.ones(4, 2, 2, 2, dtype=torch.float64)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert model.norm.momentum == 0.1
+
+
+def test_only_so_many_batches_are_drawn() -> None:
+    drawn = []
+
+    def stream() -> Any:
+        for batch in make_batches():
+            drawn.append(batch)
+            yield batch
+
+    layer = nn.BatchNorm2d(3).double()
+    recalibrate(layer, stream(), max_batches=2, device="cpu")
+    assert len(drawn) == 2
+    torch.testing.assert_close(layer.running_mean, population(make_batches()[:2])[0], **CLOSE)
+
+
+def test_a_compiled_model_is_measured_too() -> None:
+    model = convert_model(ddp.make_model(), 2)
+    compiled = torch.compile(model, backend="eager")
+    batch = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    compiled(batch)
+    twin = copy.deepcopy(model)
+    recalibrate(compiled, [batch])
+    recalibrate(twin, [batch])
+    assert (twin[1].running_mean != 0).all()
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_a_line_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, progress: bool
+) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    recalibrate(nn.BatchNorm2d(3).double(), make_batches(), max_batches=3, progress=progress)
+    recalibrate(nn.BatchNorm2d(3).double(), iter(make_batches()), progress=progress)
+    shown = [f"\rrecalibrate: batch {n} of 3" for n in (1, 2, 3)]
+    shown += ["\n"] + [f"\rrecalibrate: batch {n} of ?" for n in (1, 2, 3, 4)] + ["\n"]
+    assert stream.getvalue() == ("".join(shown) if terminal and progress else "")
+
+
+def test_what_cannot_be_recalibrated_is_refused() -> None:
+    layer = convert_model(nn.BatchNorm2d(3), 2)
+    with pytest.raises(InputError, match="the loader gave no samples"):
+        recalibrate(layer, [])
+    for value in (0, 1.5):
+        with pytest.raises(ConfigurationError, match="max_batches must be a positive int or None"):
+            recalibrate(layer, [], max_batches=value)
+    frozen = nn.Sequential(layer)
+    layer.eval()
+    for model in (frozen, nn.Linear(2, 2), nn.BatchNorm2d(3, track_running_stats=False)):
+        with pytest.raises(NothingToConvertError, match=r"found none; call model.eval\(\) first"):
+            recalibrate(model, [])
+    with pytest.raises(UnsupportedModuleError, match="'0' is a SyncBatchNorm"):
+        recalibrate(nn.Sequential(nn.SyncBatchNorm(3)), [])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_processes_put_their_populations_together_row_by_row(tmp_path: Any) -> None:
+    results = ddp.spawn(calibrated.recalibrate_here, 2, tmp_path)
+    batches = [make_batches(seed) for seed in range(2)]
+    for result in results:
+        torch.testing.assert_close(
+            result["plain"], population([*batches[0], *batches[1][:2]]), **CLOSE
+        )
+        for rank in range(2):
+            shares = [b.tensor_split(2)[rank] for b in (*batches[0], *batches[1][:2])]
+            mean, var = population(shares)
+            torch.testing.assert_close(result["rows"][0][rank], mean, **CLOSE)
+            torch.testing.assert_close(result["rows"][1][rank], var, **CLOSE)

@@ -1,0 +1,122 @@
+"""scripts/train.py, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from distbn_convert import models
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = "scripts/train.py"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
+
+
+def run(*command: str) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def load(folder: Path, name: str = "checkpoint.pth") -> Any:
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("val", 6)):
+        for label in range(2):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(image_folder: Path, tmp_path: Path) -> None:
+    options = ["--data-path", str(image_folder), "--epochs", "2", "--lr-warmup-epochs", "1"]
+    options += ["--vt-world-size", "4", "-b", "4", "-j", "1", "--train-crop-size", "32"]
+    options += ["--val-resize-size", "36", "--val-crop-size", "32", "--partition", "interleaved"]
+    options += ["--amp", "--channels-last", "--model-ema", "--model-ema-steps", "1"]
+    options += ["--norm-weight-decay", "0", "--label-smoothing", "0.1", "--clip-grad-norm", "1"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    printed = run(sys.executable, SCRIPT, *options, "--output-dir", str(whole))
+    again = run(
+        *(sys.executable, SCRIPT, *options, "--output-dir", str(resumed)),
+        *("--resume", str(whole / "model_0.pth")),
+    )
+    pattern = r"epoch (\d): loss [\d.]+, accuracy ([\d.]+) %, EMA accuracy ([\d.]+) %, \d+ img/s"
+    assert [match[0] for match in re.findall(pattern, printed)] == ["1", "2"]
+    assert re.findall(pattern, again) == re.findall(pattern, printed)[1:]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoint.pth",
+        "model_0.pth",
+        "model_1.pth",
+    ]
+    first, expected, result = load(whole, "model_0.pth"), load(whole), load(resumed)
+    assert expected["epoch"] == 1
+    for part in ("model", "model_ema"):
+        for name, value in expected[part].items():
+            assert torch.equal(value, result[part][name]), name
+        assert not torch.equal(
+            expected[part][[*expected[part]][-2]], first[part][[*first[part]][-2]]
+        )
+    assert expected["lr_scheduler"] == result["lr_scheduler"]
+    assert expected["model"]["bn1.running_mean"].shape == (4, 64)
+    models.get_model("resnet18", 4, num_classes=2).load_state_dict(expected["model"])
+
+    tested = run(
+        *(sys.executable, SCRIPT, *options, "--test-only"),
+        *("--resume", str(whole / "checkpoint.pth")),
+    )
+    assert tuple(re.findall(r"accuracy ([\d.]+) %", tested)) == re.findall(pattern, printed)[1][1:]
+
+
+def test_torchrun_with_two_ranks_each_equals_one_process_with_four(tmp_path: Path) -> None:
+    """One step on the digits, which are not augmented; more would amplify float32's rounding."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    commands = {
+        "four": [sys.executable, SCRIPT, "--vt-world-size", "4", "-b", "300"],
+        "two": [*torchrun, "--nproc-per-node=2", SCRIPT, "--vt-world-size", "2", "-b", "300"],
+        "plain": [sys.executable, SCRIPT, "--vt-world-size", "1", "-b", "1200"],
+    }
+    options = ["--epochs", "1", "--model", "shufflenet_v2_x0_5", "--output-dir"]
+    states = {}
+    for name, command in commands.items():
+        printed = run(*command, *options, str(tmp_path / name))
+        assert len(re.findall(r"accuracy ([\d.]+)", printed)) == 1  # process 0 alone talks
+        states[name] = load(tmp_path / name)["model"]
+
+    torch.manual_seed(0)
+    initial = models.get_model("shufflenet_v2_x0_5", 4, num_classes=10).state_dict()
+
+    def moved(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        pairs = [(state[k], other[k]) for k in state if k.endswith(("weight", "bias"))]
+        return float(torch.cat([(a - b).flatten() for a, b in pairs]).norm())
+
+    whole = moved(states["four"], initial)
+    assert moved(states["two"], states["four"]) < 1e-3 * whole
+    assert moved(states["plain"], states["four"]) > 1e-1 * whole
+    for name in ("conv1.1.running_mean", "conv1.1.running_var"):
+        average = states["four"][name].mean(0)  # synchronised: every row is the average
+        torch.testing.assert_close(states["two"][name], average.expand(2, -1))
+    assert states["two"]["conv1.1.num_batches_tracked"].tolist() == [1, 1]
