@@ -8,8 +8,6 @@ operators), ``rows.h`` and ``columns.h`` (the two memory layouts), ``statistics.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -52,7 +50,7 @@ def forward(
     mean = input.new_empty((vt_world_size, input.shape[1]), dtype=dtype)
     rstd = torch.empty_like(mean)
     tracked = running_mean is not None and running_var is not None
-    _ops().forward(
+    torch.ops.distbn_convert_cpu.forward.default(
         output,
         mean,
         rstd,
@@ -88,7 +86,7 @@ def backward(
     grad_input = torch.empty_like(x)
     grad_weight = mean.new_empty(mean.shape[1])
     grad_bias = torch.empty_like(grad_weight)
-    _ops().backward(
+    torch.ops.distbn_convert_cpu.backward.default(
         grad_input,
         grad_weight,
         grad_bias,
@@ -101,10 +99,6 @@ def backward(
         channels_last,
     )
     return _restore(grad_input, x, input), grad_weight, grad_bias
-
-
-def _ops() -> Any:
-    return torch.ops.distbn_convert_cpu
 
 
 def _arrange(input: Tensor) -> tuple[Tensor, bool]:

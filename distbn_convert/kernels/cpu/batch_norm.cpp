@@ -39,8 +39,13 @@ void advise_huge_pages(const Tensor& output) {
 }
 
 Values values_of(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      dtype == ScalarType::Long,
+                  "distbn_convert's CPU kernel: a parameter or buffer is of a dtype that it lacks");
   const bool matrix = tensor.dim() == 2;
-  return {tensor.data_ptr(), tensor.scalar_type(), matrix ? tensor.stride(0) : 0,
+  return {tensor.data_ptr(), dtype, matrix ? tensor.stride(0) : 0,
           tensor.stride(matrix)};
 }
 
@@ -72,8 +77,8 @@ void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optiona
     using T = decltype(zero);
     const T* x = static_cast<const T*>(input.data_ptr());
     T* y = static_cast<T*>(output.data_ptr());
-    if (channels_last) {
-      Runner(ColumnsForward<T>(problem, x, y, statistics)).run();
+    if (channels_last || problem.positions <= kFewPositions) {
+      Runner(ColumnsForward<T>(problem, channels_last, x, y, statistics)).run();
     } else {
       Runner(RowsForward<T>(problem, x, y, statistics)).run();
     }
@@ -87,7 +92,7 @@ void sum_ranks(const std::vector<double>& rows, const Problem& p, const Tensor& 
   for (int64_t v = 0; v < p.ranks; ++v) {
     for (int64_t c = 0; c < p.channels; ++c) total[c] += rows[v * p.channels + c];
   }
-  for (int64_t c = 0; c < p.channels; ++c) values.set(0, c, total[c]);
+  values.store(0, 0, p.channels, total.data());
 }
 
 void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_output,
@@ -104,8 +109,8 @@ void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor gr
     const T* dy = static_cast<const T*>(grad_output.data_ptr());
     const T* x = static_cast<const T*>(input.data_ptr());
     T* dx = static_cast<T*>(grad_input.data_ptr());
-    if (channels_last) {
-      Runner(ColumnsBackward<T>(problem, dy, x, dx, statistics)).run();
+    if (channels_last || problem.positions <= kFewPositions) {
+      Runner(ColumnsBackward<T>(problem, channels_last, dy, x, dx, statistics)).run();
     } else {
       Runner(RowsBackward<T>(problem, dy, x, dx, statistics)).run();
     }

@@ -64,6 +64,7 @@ def _load() -> bool:
     try:
         library = _build()
         torch.ops.load_library(library)
+        _pass_autograd_by()
     except _UnavailableError as error:
         logger.info("the CPU kernel is not used, plain torch is: %s", error)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -78,6 +79,16 @@ def _load() -> bool:
     else:
         return True
     return False
+
+
+# Kept alive, for as long as the registrations that it holds are wanted.
+_LIBRARY = torch.library.Library("distbn_convert_cpu", "FRAGMENT")
+
+
+def _pass_autograd_by() -> None:
+    """Let the operators go straight to the kernel: functional.py differentiates, not they."""
+    for name in ("forward", "backward"):
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _build() -> Path:

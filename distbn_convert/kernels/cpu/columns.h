@@ -1,4 +1,5 @@
-// Inputs laid out as [N, S, C] (channels_last, or S = 1): the channels are neighbours.
+// Inputs laid out as [N, S, C] (channels_last, or S = 1), where the channels are neighbours, and
+// those laid out as [N, C, S] with so few positions that runs of them would waste the lanes.
 // A group is a block of columns of one rank; its mean, scale and shift are arrays.
 #pragma once
 
@@ -11,24 +12,37 @@ namespace distbn {
 constexpr int64_t kColumnsChunk = 65536;
 constexpr int64_t kMinChunkRows = 256;
 constexpr int64_t kMaxColumns = 1024;
+constexpr int64_t kWide = 512;
 // A chunk's shift is the mean of this part of its rows.
 constexpr int64_t kHeadPart = 16;
 // Rows summed in float32 before the sums go to double.
-constexpr int64_t kFlushRows = 128;
+constexpr int64_t kFlushRows = 64;
 // Bytes of a group that stay in the second-level cache until they are read again.
 constexpr int64_t kCacheBytes = 512 * 1024;
 
-// Rows of `width` columns. Few channels are widened: `fold` positions make one row.
+// Up to this many positions an input laid out as [N, C, S] is taken as rows of C * S columns.
+constexpr int64_t kFewPositions = 32;
+
+// Rows of `width` columns, cut into blocks. A channel has `fold` columns: if channels come last and
+// are few, several positions make a row; if positions come last, all of them do.
+// Wide rows are cut so that a group stays in the cache; others are read whole, which the
+// prefetcher likes better.
 struct Grid {
   int64_t fold, width, block, blocks;
+  int64_t fold_step, channel_step;  // from a column of a channel to its next, and to the next channel
 
-  Grid(const Problem& p, int64_t bytes_per_value) : fold(1) {
-    if (p.channels < 16) fold = folding(p);
+  Grid(const Problem& p, int64_t bytes_per_value, bool channels_last) {
+    fold = !channels_last ? p.positions : p.channels < 16 ? folding(p) : 1;
+    fold_step = channels_last ? p.channels : 1;
+    channel_step = channels_last ? 1 : fold;
     width = p.channels * fold;
-    const int64_t rows = ceil_div(p.samples, p.ranks) * p.positions / fold;
-    const int64_t fitting = kCacheBytes / (std::max<int64_t>(1, rows) * bytes_per_value) / 64 * 64;
-    block = fold > 1 ? width : std::min(width, fitting >= 64 ? fitting : kMaxColumns);
+    const int64_t rows = std::max<int64_t>(1, ceil_div(p.samples, p.ranks) * p.positions / fold);
+    const int64_t fitting = kCacheBytes / (rows * bytes_per_value) / 64 * 64;
+    block = width;
+    if (width >= kWide && fitting >= 64) block = std::min(block, fitting);
     block = std::min(block, kMaxColumns);
+    if (!channels_last) block = std::max(block / fold * fold, fold);
+    if (channels_last && fold > 1) block = width;
     blocks = ceil_div(width, block);
   }
 
@@ -50,62 +64,76 @@ struct ColumnsBase {
 
   Problem problem;
   Grid grid;
-  int64_t padded, groups, max_chunks, partial_size, coefficient_size;
+  int64_t padded, groups, max_chunks, partial_size, coefficient_size, work_size;
 
-  ColumnsBase(const Problem& p, int64_t tensors, int64_t coefficients)
+  ColumnsBase(const Problem& p, int64_t tensors, int64_t coefficients, bool channels_last)
       : problem(p),
-        grid(p, tensors * int64_t(sizeof(T))),
+        grid(p, tensors * int64_t(sizeof(T)), channels_last),
         padded(ceil_div(grid.block, L) * L),
         groups(p.ranks * grid.blocks),
-        max_chunks(chunks(0).count()),
+        max_chunks(group(0).chunks.count()),
         partial_size(2 * padded),
-        coefficient_size(coefficients * padded) {}
+        coefficient_size(coefficients * padded),
+        work_size(6 * padded) {}
 
-  // Where a group's rows are: runs of rows that are row_stride apart.
-  struct Layout {
-    int64_t offset, runs, run_stride, length, row_stride, first_column, columns;
+  // Columns of one rank: runs of `length` rows that are row_stride apart.
+  struct Group {
+    int64_t rank, first_column, columns, offset, run_stride, row_stride;
+    Chunks chunks;
   };
 
-  Layout layout(int64_t group) const {
-    const Share share(problem, group / grid.blocks);
+  Group group(int64_t index) const {
+    const int64_t rank = index / grid.blocks, column = index % grid.blocks * grid.block;
+    const Share share(problem, rank);
     const int64_t sample = problem.channels * problem.positions;
-    const int64_t column = group % grid.blocks * grid.block;
-    const int64_t rows = problem.positions / grid.fold;
-    Layout l{share.first * sample + column, share.count, share.step * sample, rows, grid.width,
-             column, std::min(grid.block, grid.width - column)};
-    if (share.step == 1 || rows == 1) {  // one run of all rows
-      l.row_stride = rows == 1 ? l.run_stride : grid.width;
-      l.length = share.count * rows;
-      l.runs = 1;
+    const int64_t rows = problem.positions / grid.fold, step = share.step * sample;
+    const bool even = share.step == 1 || rows == 1;  // all rows equally far apart: one run
+    return {rank, column, std::min(grid.block, grid.width - column),
+            share.first * sample + column, step, rows == 1 ? step : grid.width,
+            Chunks(even ? 1 : share.count,
+                   Cut(even ? share.count * rows : rows,
+                       std::max(kMinChunkRows, kColumnsChunk / grid.block)))};
+  }
+
+  int64_t channels(const Group& g) const { return g.columns / grid.fold; }
+  int64_t first_channel(const Group& g) const { return g.first_column / grid.fold; }
+
+  // Calls work(offset) with the first column of each fold; channels are grid.channel_step apart.
+  template <class Work>
+  void each_fold(const Work& work) const {
+    for (int64_t f = 0; f < grid.fold; ++f) work(f * grid.fold_step);
+  }
+
+  // Gives each column the value of its channel, in each of some rows.
+  template <class X, class Y>
+  void unfold(const Group& g, int64_t rows, const X* values, Y* columns) const {
+    const int64_t count = channels(g);
+    for (int64_t row = 0; row < rows; ++row, values += count, columns += padded) {
+      each_fold([&](int64_t fold) {
+        for (int64_t c = 0; c < count; ++c) columns[fold + c * grid.channel_step] = Y(values[c]);
+      });
     }
-    return l;
   }
 
-  Chunks chunks(int64_t group) const {
-    const Layout l = layout(group);
-    return Chunks(l.runs, l.length, std::max(kMinChunkRows, kColumnsChunk / grid.block));
-  }
-
-  int64_t channel(int64_t first_column, int64_t column) const {
-    return (first_column + column) % problem.channels;
-  }
-
-  // Calls rows(std::integral_constant<int, R>, offset) for R = 8 rows or 1, flush() between.
+  // Calls rows(std::integral_constant<int, R>, offset) for R = 8 rows or 1, flush() between. Whole
+  // rows are taken one by one; of cut rows, which are far apart, eight at once keep memory busy, and
+  // of very short ones they keep the sums in registers.
   template <class Rows, class Flush>
-  static INLINE void each_rows(const Layout& l, const Chunk& chunk, const Rows& rows,
-                               const Flush& flush) {
+  INLINE void each_rows(const Group& g, const Chunk& chunk, const Rows& rows,
+                        const Flush& flush) const {
+    const bool cut = grid.blocks > 1 || grid.block <= 32;
     int64_t filled = 0;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
-      const int64_t start = l.offset + run * l.run_stride;
+      const int64_t start = g.offset + run * g.run_stride;
       for (int64_t i = chunk.begin; i < chunk.end;) {
-        const bool eight = i + 8 <= chunk.end;
-        if (eight) {
-          rows(std::integral_constant<int, 8>(), start + i * l.row_stride);
+        const int64_t step = cut && i + 8 <= chunk.end ? 8 : 1;
+        if (step == 8) {
+          rows(std::integral_constant<int, 8>(), start + i * g.row_stride);
         } else {
-          rows(std::integral_constant<int, 1>(), start + i * l.row_stride);
+          rows(std::integral_constant<int, 1>(), start + i * g.row_stride);
         }
-        i += eight ? 8 : 1;
-        filled += eight ? 8 : 1;
+        i += step;
+        filled += step;
         if (filled >= kFlushRows) {
           flush();
           filled = 0;
@@ -132,14 +160,23 @@ struct ColumnsBase {
   }
 };
 
-// Two sums per column, in float32 for some rows and then in double.
+// Two sums per column, in float32 for some rows and then in double; in 4 * size doubles of scratch.
 template <class A>
 struct ColumnSums {
   int64_t size;
-  std::vector<A> a, b;
-  std::vector<double> total_a, total_b;
+  double *total_a, *total_b;
+  A *a, *b;
 
-  explicit ColumnSums(int64_t size) : size(size), a(size), b(size), total_a(size), total_b(size) {}
+  ColumnSums(int64_t size, double* work)
+      : size(size),
+        total_a(work),
+        total_b(work + size),
+        a(reinterpret_cast<A*>(work + 2 * size)),
+        b(reinterpret_cast<A*>(work + 3 * size)) {
+    std::fill_n(work, 2 * size, 0.0);
+    std::fill_n(a, size, A(0));
+    std::fill_n(b, size, A(0));
+  }
 
   void flush() {
     for (int64_t i = 0; i < size; ++i) {
@@ -154,18 +191,19 @@ template <class T>
 struct ColumnsForward : ColumnsBase<T> {
   using Base = ColumnsBase<T>;
   using typename Base::A;
-  using typename Base::Layout;
+  using typename Base::Group;
   using typename Base::V;
 
   const T* input;
   T* output;
   ForwardStatistics statistics;
 
-  ColumnsForward(const Problem& p, const T* input, T* output, const ForwardStatistics& s)
-      : Base(p, 1, 3), input(input), output(output), statistics(s) {}
+  ColumnsForward(const Problem& p, bool channels_last, const T* input, T* output,
+                 const ForwardStatistics& s)
+      : Base(p, 1, 3, channels_last), input(input), output(output), statistics(s) {}
 
   // The means of the first rows of a chunk, to subtract before squaring.
-  std::vector<A> head_means(const Layout& l, Chunk chunk) const {
+  void head_means(const Group& g, Chunk chunk, A* means) const {
     const int64_t rows = chunk.end - chunk.begin;
     if (chunk.last_run - chunk.first_run >= kHeadPart) {
       chunk.last_run = chunk.first_run + ceil_div(chunk.last_run - chunk.first_run, kHeadPart);
@@ -173,33 +211,32 @@ struct ColumnsForward : ColumnsBase<T> {
       chunk.end = chunk.begin + std::min(rows, std::max<int64_t>(8, ceil_div(rows, kHeadPart)));
       chunk.last_run = chunk.first_run + 1;
     }
-    std::vector<A> means(this->padded);
-    Base::each_rows(
-        l, chunk,
+    std::fill_n(means, this->padded, A(0));
+    this->each_rows(
+        g, chunk,
         [&](auto unroll, int64_t start) {
-          Base::each_vector(l.columns, [&](int64_t i, auto load, auto) {
+          Base::each_vector(g.columns, [&](int64_t i, auto load, auto) {
             V sum = distbn::load(&means[i]);
-            for (int r = 0; r < unroll; ++r) sum += load(input + start + r * l.row_stride + i);
+            for (int r = 0; r < unroll; ++r) sum += load(input + start + r * g.row_stride + i);
             distbn::store(&means[i], sum);
           });
         },
         [] {});
-    for (auto& mean : means) mean /= A(chunk.size());
-    return means;
+    for (int64_t i = 0; i < g.columns; ++i) means[i] /= A(chunk.size());
   }
 
-  void reduce(int64_t group, const Chunk& chunk, double* partial) const {
-    const Layout l = this->layout(group);
-    const std::vector<A> shifts = head_means(l, chunk);
-    ColumnSums<A> sums(this->padded);
-    Base::each_rows(
-        l, chunk,
+  void reduce(const Group& g, const Chunk& chunk, double* partial, double* work) const {
+    ColumnSums<A> sums(this->padded, work);
+    A* shifts = reinterpret_cast<A*>(work + 4 * this->padded);
+    head_means(g, chunk, shifts);
+    this->each_rows(
+        g, chunk,
         [&](auto unroll, int64_t start) {
-          Base::each_vector(l.columns, [&](int64_t i, auto load, auto) {
+          Base::each_vector(g.columns, [&](int64_t i, auto load, auto) {
             const V shift = distbn::load(&shifts[i]);
             V sum{}, square{};
             for (int r = 0; r < unroll; ++r) {
-              const V d = load(input + start + r * l.row_stride + i) - shift;
+              const V d = load(input + start + r * g.row_stride + i) - shift;
               sum += d;
               square += d * d;
             }
@@ -209,47 +246,43 @@ struct ColumnsForward : ColumnsBase<T> {
         },
         [&] { sums.flush(); });
     const double count = double(chunk.size());
-    for (int64_t i = 0; i < l.columns; ++i) {
+    for (int64_t i = 0; i < g.columns; ++i) {
       const double mean = sums.total_a[i] / count;
       partial[i] = double(shifts[i]) + mean;
       partial[this->padded + i] = not_negative(sums.total_b[i] - sums.total_a[i] * mean);
     }
   }
 
-  void finish(int64_t group, const double* partials, A* coefficients) const {
-    const Layout l = this->layout(group);
-    const Chunks chunks = this->chunks(group);
-    const int64_t rank = group / this->grid.blocks, padded = this->padded;
-    const int64_t channels = std::min(l.columns, this->problem.channels);
-    std::vector<Moments> moments(channels);
-    for (int64_t k = 0; k < chunks.count(); ++k, partials += this->partial_size) {
-      const double count = double(chunks[k].size());
-      for (int64_t i = 0; i < l.columns; ++i) {
-        moments[i % channels].merge(count, partials[i], partials[padded + i]);
-      }
+  void finish(const Group& g, const double* partials, A* coefficients, double* work) const {
+    const int64_t channels = this->channels(g);
+    double *mean = work, *m2 = work + channels;
+    std::fill_n(work, 2 * channels, 0.0);
+    double merged = 0;
+    for (int64_t k = 0; k < g.chunks.count(); ++k, partials += this->partial_size) {
+      const double count = double(g.chunks[k].size());
+      this->each_fold([&](int64_t fold) {
+        merge_moments(channels, merged, mean, m2, count, partials + fold,
+                      partials + this->padded + fold, this->grid.channel_step);
+        merged += count;
+      });
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto found = statistics.finish<A>(rank, l.first_column + c, moments[c]);
-      for (int64_t i = c; i < l.columns; i += channels) {
-        coefficients[i] = found.mean;
-        coefficients[padded + i] = found.scale;
-        coefficients[2 * padded + i] = found.shift;
-      }
-    }
+    A* found = reinterpret_cast<A*>(work + 2 * channels);
+    statistics.finish(g.rank, this->first_channel(g), channels, merged, mean, m2,
+                      found, channels);
+    this->unfold(g, 3, found, coefficients);
   }
 
-  void apply(int64_t group, const Chunk& chunk, const A* coefficients) const {
-    const Layout l = this->layout(group);
+  void apply(const Group& g, const Chunk& chunk, const A* coefficients) const {
     const int64_t padded = this->padded;
-    Base::each_rows(
-        l, chunk,
+    this->each_rows(
+        g, chunk,
         [&](auto unroll, int64_t start) {
-          Base::each_vector(l.columns, [&](int64_t i, auto load, auto store) {
+          Base::each_vector(g.columns, [&](int64_t i, auto load, auto store) {
             const V mean = distbn::load(coefficients + i);
             const V scale = distbn::load(coefficients + padded + i);
             const V shift = distbn::load(coefficients + 2 * padded + i);
             for (int r = 0; r < unroll; ++r) {
-              const int64_t at = start + r * l.row_stride + i;
+              const int64_t at = start + r * g.row_stride + i;
               store(output + at, (load(input + at) - mean) * scale + shift);
             }
           });
@@ -262,7 +295,7 @@ template <class T>
 struct ColumnsBackward : ColumnsBase<T> {
   using Base = ColumnsBase<T>;
   using typename Base::A;
-  using typename Base::Layout;
+  using typename Base::Group;
   using typename Base::V;
 
   const T* grad_output;
@@ -270,81 +303,73 @@ struct ColumnsBackward : ColumnsBase<T> {
   T* grad_input;
   BackwardStatistics statistics;
 
-  ColumnsBackward(const Problem& p, const T* grad_output, const T* input, T* grad_input,
-                  const BackwardStatistics& s)
-      : Base(p, 2, 4),
+  ColumnsBackward(const Problem& p, bool channels_last, const T* grad_output, const T* input,
+                  T* grad_input, const BackwardStatistics& s)
+      : Base(p, 2, 4, channels_last),
         grad_output(grad_output),
         input(input),
         grad_input(grad_input),
         statistics(s) {}
 
-  void reduce(int64_t group, const Chunk& chunk, double* partial) const {
-    const Layout l = this->layout(group);
-    const int64_t rank = group / this->grid.blocks;
-    std::vector<A> means(this->padded);
-    for (int64_t i = 0; i < l.columns; ++i) {
-      means[i] = A(statistics.mean.get(rank, this->channel(l.first_column, i)));
-    }
-    ColumnSums<A> sums(this->padded);
-    Base::each_rows(
-        l, chunk,
+  void reduce(const Group& g, const Chunk& chunk, double* partial, double* work) const {
+    A* means = reinterpret_cast<A*>(work + 4 * this->padded);
+    double* saved = work + 5 * this->padded;
+    statistics.mean.load(g.rank, this->first_channel(g), this->channels(g), saved);
+    this->unfold(g, 1, saved, means);
+    ColumnSums<A> sums(this->padded, work);
+    this->each_rows(
+        g, chunk,
         [&](auto unroll, int64_t start) {
-          Base::each_vector(l.columns, [&](int64_t i, auto load, auto) {
+          Base::each_vector(g.columns, [&](int64_t i, auto load, auto) {
             const V mean = distbn::load(&means[i]);
             V sum{}, product{};
             for (int r = 0; r < unroll; ++r) {
-              const int64_t at = start + r * l.row_stride + i;
-              const V g = load(grad_output + at);
-              sum += g;
-              product += g * (load(input + at) - mean);
+              const int64_t at = start + r * g.row_stride + i;
+              const V dy = load(grad_output + at);
+              sum += dy;
+              product += dy * (load(input + at) - mean);
             }
             distbn::store(&sums.a[i], distbn::load(&sums.a[i]) + sum);
             distbn::store(&sums.b[i], distbn::load(&sums.b[i]) + product);
           });
         },
         [&] { sums.flush(); });
-    std::copy_n(sums.total_a.begin(), l.columns, partial);
-    std::copy_n(sums.total_b.begin(), l.columns, partial + this->padded);
+    std::copy_n(sums.total_a, g.columns, partial);
+    std::copy_n(sums.total_b, g.columns, partial + this->padded);
   }
 
-  void finish(int64_t group, const double* partials, A* coefficients) const {
-    const Layout l = this->layout(group);
-    const Chunks chunks = this->chunks(group);
-    const int64_t rank = group / this->grid.blocks, padded = this->padded;
-    const int64_t channels = std::min(l.columns, this->problem.channels);
-    std::vector<double> sum_dy(channels), sum_dy_x(channels);
-    for (int64_t k = 0; k < chunks.count(); ++k, partials += this->partial_size) {
-      for (int64_t i = 0; i < l.columns; ++i) {
-        sum_dy[i % channels] += partials[i];
-        sum_dy_x[i % channels] += partials[padded + i];
-      }
+  void finish(const Group& g, const double* partials, A* coefficients, double* work) const {
+    const int64_t channels = this->channels(g), step = this->grid.channel_step;
+    double *sum_dy = work, *sum_dy_x = work + channels;
+    std::fill_n(work, 2 * channels, 0.0);
+    for (int64_t k = 0; k < g.chunks.count(); ++k, partials += this->partial_size) {
+      this->each_fold([&](int64_t fold) {
+        const double* sums = partials + fold;
+        for (int64_t c = 0; c < channels; ++c) {
+          sum_dy[c] += sums[c * step];
+          sum_dy_x[c] += sums[this->padded + c * step];
+        }
+      });
     }
-    const double count = double(l.runs * l.length * this->grid.fold);
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto found =
-          statistics.finish<A>(rank, l.first_column + c, count, sum_dy[c], sum_dy_x[c]);
-      for (int64_t i = c; i < l.columns; i += channels) {
-        coefficients[i] = found.mean;
-        coefficients[padded + i] = found.scale;
-        coefficients[2 * padded + i] = found.slope;
-        coefficients[3 * padded + i] = found.offset;
-      }
-    }
+    A* found = reinterpret_cast<A*>(work + 2 * channels);
+    const double count = g.chunks.size() * double(this->grid.fold);
+    statistics.finish(g.rank, this->first_channel(g), channels, count, sum_dy,
+                      sum_dy_x, found, channels);
+    this->unfold(g, 4, found, coefficients);
   }
 
-  void apply(int64_t group, const Chunk& chunk, const A* coefficients) const {
-    const Layout l = this->layout(group);
+  void apply(const Group& g, const Chunk& chunk, const A* coefficients) const {
     const int64_t padded = this->padded;
-    Base::each_rows(
-        l, chunk,
+    this->each_rows(
+        g, chunk,
         [&](auto unroll, int64_t start) {
-          Base::each_vector(l.columns, [&](int64_t i, auto load, auto store) {
+          Base::each_vector(g.columns, [&](int64_t i, auto load, auto store) {
             const V mean = distbn::load(coefficients + i);
             const V scale = distbn::load(coefficients + padded + i);
             const V slope = distbn::load(coefficients + 2 * padded + i);
             const V offset = distbn::load(coefficients + 3 * padded + i);
             for (int r = 0; r < unroll; ++r) {
-              const int64_t at = start + r * l.row_stride + i;
+              const int64_t at = start + r * g.row_stride + i;
               const V dy = load(grad_output + at);
               store(grad_input + at, (load(input + at) - mean) * slope + (dy * scale + offset));
             }

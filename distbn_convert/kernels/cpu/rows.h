@@ -21,21 +21,27 @@ struct RowsBase {
   static constexpr int64_t L = kLanes<A>;
 
   Problem problem;
-  int64_t groups, max_chunks, partial_size = 2, coefficient_size = 4;
+  Cut cut;
+  int64_t groups, max_chunks, partial_size = 2, coefficient_size = 4, work_size = 0;
 
   explicit RowsBase(const Problem& p)
-      : problem(p), groups(p.ranks * p.channels), max_chunks(chunks(0).count()) {}
+      : problem(p),
+        cut(p.positions, kRowsChunk),
+        groups(p.ranks * p.channels),
+        max_chunks(group(0).chunks.count()) {}
 
-  Chunks chunks(int64_t group) const {
-    return Chunks(Share(problem, group / problem.channels).count, problem.positions, kRowsChunk);
-  }
+  // One channel of one rank: its first run begins at offset, the next ones stride further on.
+  struct Group {
+    int64_t rank, channel, offset, stride;
+    Chunks chunks;
+  };
 
-  // The offset of a group's first run, and the distance of its runs.
-  std::pair<int64_t, int64_t> runs(int64_t group) const {
-    const Share share(problem, group / problem.channels);
+  Group group(int64_t index) const {
+    const int64_t rank = index / problem.channels, channel = index - rank * problem.channels;
+    const Share share(problem, rank);
     const int64_t sample = problem.channels * problem.positions;
-    return {share.first * sample + group % problem.channels * problem.positions,
-            share.step * sample};
+    return {rank, channel, share.first * sample + channel * problem.positions,
+            share.step * sample, Chunks(share.count, cut)};
   }
 
   // Calls full(lane, offset) for whole vectors of a run and part(lane, offset, count) for the rest;
@@ -89,6 +95,7 @@ template <class T>
 struct RowsForward : RowsBase<T> {
   using Base = RowsBase<T>;
   using typename Base::A;
+  using typename Base::Group;
   using typename Base::V;
 
   const T* input;
@@ -114,10 +121,9 @@ struct RowsForward : RowsBase<T> {
     return A(sums.total / double(runs * length));
   }
 
-  void reduce(int64_t group, const Chunk& chunk, double* partial) const {
-    const auto [offset, stride] = this->runs(group);
-    const T* p = input + offset;
-    const A shift = head_mean(p, stride, chunk);
+  void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
+    const T* p = input + group.offset;
+    const A shift = head_mean(p, group.stride, chunk);
     const V shifts = splat(shift);
     LaneSums<A> sums, squares;
     const auto add = [&](int lane, V d) {
@@ -125,7 +131,7 @@ struct RowsForward : RowsBase<T> {
       squares.lanes[lane] += d * d;
     };
     Base::each_block(
-        chunk, stride,
+        chunk, group.stride,
         [&](int64_t start, int64_t size) {
           const T* q = p + start;
           Base::each_vector(
@@ -143,25 +149,22 @@ struct RowsForward : RowsBase<T> {
     partial[1] = not_negative(squares.total - sums.total * mean);
   }
 
-  void finish(int64_t group, const double* partials, A* coefficients) const {
-    const Chunks chunks = this->chunks(group);
-    Moments moments;
-    for (int64_t i = 0; i < chunks.count(); ++i) {
-      moments.merge(double(chunks[i].size()), partials[2 * i], partials[2 * i + 1]);
+  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t i = 0; i < group.chunks.count(); ++i) {
+      const double size = double(group.chunks[i].size());
+      merge_moments(1, count, &mean, &m2, size, partials + 2 * i, partials + 2 * i + 1,
+                    1);
+      count += size;
     }
-    const int64_t channels = this->problem.channels;
-    const auto c = statistics.finish<A>(group / channels, group % channels, moments);
-    coefficients[0] = c.mean;
-    coefficients[1] = c.scale;
-    coefficients[2] = c.shift;
+    statistics.finish(group.rank, group.channel, 1, count, &mean, &m2, coefficients, 1);
   }
 
-  void apply(int64_t group, const Chunk& chunk, const A* coefficients) const {
-    const auto [offset, stride] = this->runs(group);
+  void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
     const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
     const V shift = splat(coefficients[2]);
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
-      const int64_t start = offset + run * stride + chunk.begin;
+      const int64_t start = group.offset + run * group.stride + chunk.begin;
       const T* p = input + start;
       T* q = output + start;
       Base::each_vector(
@@ -178,6 +181,7 @@ template <class T>
 struct RowsBackward : RowsBase<T> {
   using Base = RowsBase<T>;
   using typename Base::A;
+  using typename Base::Group;
   using typename Base::V;
 
   const T* grad_output;
@@ -189,15 +193,15 @@ struct RowsBackward : RowsBase<T> {
                const BackwardStatistics& s)
       : Base(p), grad_output(grad_output), input(input), grad_input(grad_input), statistics(s) {}
 
-  void reduce(int64_t group, const Chunk& chunk, double* partial) const {
-    const auto [offset, stride] = this->runs(group);
-    const int64_t channels = this->problem.channels;
-    const V mean = splat(A(statistics.mean.get(group / channels, group % channels)));
+  void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
+    double saved_mean;
+    statistics.mean.load(group.rank, group.channel, 1, &saved_mean);
+    const V mean = splat(A(saved_mean));
     LaneSums<A> sums, products;
-    const T* x = input + offset;
-    const T* dy = grad_output + offset;
+    const T* x = input + group.offset;
+    const T* dy = grad_output + group.offset;
     Base::each_block(
-        chunk, stride,
+        chunk, group.stride,
         [&](int64_t start, int64_t size) {
           const T* p = x + start;
           const T* q = dy + start;
@@ -223,28 +227,21 @@ struct RowsBackward : RowsBase<T> {
     partial[1] = products.total;
   }
 
-  void finish(int64_t group, const double* partials, A* coefficients) const {
-    const Chunks chunks = this->chunks(group);
+  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
     double sum_dy = 0, sum_dy_x = 0;
-    for (int64_t i = 0; i < chunks.count(); ++i) {
+    for (int64_t i = 0; i < group.chunks.count(); ++i) {
       sum_dy += partials[2 * i];
       sum_dy_x += partials[2 * i + 1];
     }
-    const int64_t channels = this->problem.channels;
-    const auto c = statistics.finish<A>(group / channels, group % channels,
-                                        double(chunks.runs * chunks.length), sum_dy, sum_dy_x);
-    coefficients[0] = c.mean;
-    coefficients[1] = c.scale;
-    coefficients[2] = c.slope;
-    coefficients[3] = c.offset;
+    statistics.finish(group.rank, group.channel, 1, group.chunks.size(), &sum_dy, &sum_dy_x,
+                      coefficients, 1);
   }
 
-  void apply(int64_t group, const Chunk& chunk, const A* coefficients) const {
-    const auto [offset, stride] = this->runs(group);
+  void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
     const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
     const V slope = splat(coefficients[2]), constant = splat(coefficients[3]);
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
-      const int64_t start = offset + run * stride + chunk.begin;
+      const int64_t start = group.offset + run * group.stride + chunk.begin;
       const T* p = input + start;
       const T* q = grad_output + start;
       T* r = grad_input + start;

@@ -21,6 +21,7 @@ struct Problem {
   int64_t samples, channels, positions, ranks;
   bool interleaved;
 
+  int64_t quotient() const { return ranks == 1 ? samples : samples / ranks; }
   int64_t size() const { return samples * channels * positions; }
 };
 
@@ -29,7 +30,7 @@ struct Share {
   int64_t first, step, count;
 
   Share(const Problem& p, int64_t rank) {
-    const int64_t q = p.samples / p.ranks, r = p.samples % p.ranks;
+    const int64_t q = p.quotient(), r = p.samples - q * p.ranks;
     count = q + (rank < r);
     first = p.interleaved ? rank : rank * q + std::min(rank, r);
     step = p.interleaved ? p.ranks : 1;
@@ -43,22 +44,38 @@ struct Chunk {
   int64_t size() const { return (last_run - first_run) * (end - begin); }
 };
 
-// Runs of equal length, several to a chunk if they are short and several chunks to a run if long.
-struct Chunks {
-  int64_t runs, length, pieces, runs_per_chunk;
+// Runs of one length go several to a chunk if they are short, or several chunks to a run.
+struct Cut {
+  int64_t length, pieces, runs_per_chunk;
 
-  Chunks(int64_t runs, int64_t length, int64_t target)
-      : runs(runs),
-        length(length),
+  Cut(int64_t length, int64_t target)
+      : length(length),
         pieces(std::max<int64_t>(1, ceil_div(length, target))),
         runs_per_chunk(std::max<int64_t>(1, target / std::max<int64_t>(1, length))) {}
+};
 
-  int64_t count() const { return length ? ceil_div(runs, runs_per_chunk) * pieces : 0; }
+struct Chunks {
+  int64_t runs;
+  Cut cut;
+
+  Chunks(int64_t runs, const Cut& cut) : runs(runs), cut(cut) {}
+
+  double size() const { return double(runs) * double(cut.length); }
+
+  int64_t count() const {
+    if (size() == 0) return 0;
+    return (runs <= cut.runs_per_chunk ? 1 : ceil_div(runs, cut.runs_per_chunk)) * cut.pieces;
+  }
 
   Chunk operator[](int64_t index) const {
-    const int64_t run = index / pieces * runs_per_chunk, piece = index % pieces;
-    return {run, std::min(run + runs_per_chunk, runs), length * piece / pieces,
-            length * (piece + 1) / pieces};
+    int64_t run = index, begin = 0, end = cut.length;
+    if (cut.pieces > 1) {
+      run = index / cut.pieces;
+      begin = cut.length * (index % cut.pieces) / cut.pieces;
+      end = cut.length * (index % cut.pieces + 1) / cut.pieces;
+    }
+    run *= cut.runs_per_chunk;
+    return {run, std::min(run + cut.runs_per_chunk, runs), begin, end};
   }
 };
 
@@ -86,11 +103,12 @@ void share_out(int64_t count, int64_t batch, bool parallel, const Work& work) {
 }
 
 // Runs a kernel of these members over its groups:
-//   groups, max_chunks, partial_size (doubles), coefficient_size (values of type A), problem
-//   chunks(group) -> Chunks
-//   reduce(group, chunk, double* partial)
-//   finish(group, const double* partials, A* coefficients)
-//   apply(group, chunk, const A* coefficients)
+//   groups, max_chunks, partial_size (doubles), coefficient_size (values of type A), problem,
+//   work_size (doubles, scratch memory of one thread)
+//   group(index) -> Group, which has chunks
+//   reduce(Group, Chunk, double* partial, double* work)
+//   finish(Group, const double* partials, A* coefficients, double* work)
+//   apply(Group, Chunk, const A* coefficients)
 template <class Kernel>
 class Runner {
   using A = typename Kernel::A;
@@ -120,15 +138,16 @@ class Runner {
     share_out(k_.groups, batch, parallel, [&](int64_t begin, int64_t end) {
       std::vector<double> partials(k_.max_chunks * k_.partial_size);
       std::vector<A> coefficients(k_.coefficient_size);
-      for (int64_t group = begin; group < end; ++group) {
-        const Chunks chunks = k_.chunks(group);
-        const int64_t count = chunks.count();
+      std::vector<double> work(k_.work_size);
+      for (int64_t index = begin; index < end; ++index) {
+        const auto group = k_.group(index);
+        const int64_t count = group.chunks.count();
         for (int64_t i = 0; i < count; ++i) {
-          k_.reduce(group, chunks[i], &partials[i * k_.partial_size]);
+          k_.reduce(group, group.chunks[i], &partials[i * k_.partial_size], work.data());
         }
-        k_.finish(group, partials.data(), coefficients.data());
+        k_.finish(group, partials.data(), coefficients.data(), work.data());
         for (int64_t i = count; i-- > 0;) {  // backwards: the last chunk is still in the cache
-          k_.apply(group, chunks[i], coefficients.data());
+          k_.apply(group, group.chunks[i], coefficients.data());
         }
       }
     });
@@ -141,14 +160,17 @@ class Runner {
     std::vector<A> coefficients(wave * k_.coefficient_size);
     for (int64_t first = 0; first < k_.groups; first += wave) {
       const int64_t count = std::min(wave, k_.groups - first);
-      each_chunk(first, count, [&](int64_t g, int64_t i, const Chunk& chunk) {
-        k_.reduce(first + g, chunk, &partials[g * stride + i * k_.partial_size]);
+      each_chunk(first, count, [&](int64_t g, int64_t i, const auto& group) {
+        std::vector<double> work(k_.work_size);
+        k_.reduce(group, group.chunks[i], &partials[g * stride + i * k_.partial_size], work.data());
       });
+      std::vector<double> work(k_.work_size);
       for (int64_t g = 0; g < count; ++g) {
-        k_.finish(first + g, &partials[g * stride], &coefficients[g * k_.coefficient_size]);
+        k_.finish(k_.group(first + g), &partials[g * stride],
+                  &coefficients[g * k_.coefficient_size], work.data());
       }
-      each_chunk(first, count, [&](int64_t g, int64_t, const Chunk& chunk) {
-        k_.apply(first + g, chunk, &coefficients[g * k_.coefficient_size]);
+      each_chunk(first, count, [&](int64_t g, int64_t i, const auto& group) {
+        k_.apply(group, group.chunks[i], &coefficients[g * k_.coefficient_size]);
       });
     }
   }
@@ -158,8 +180,8 @@ class Runner {
     const int64_t max = k_.max_chunks;
     share_out(count * max, 1, true, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
-        const Chunks chunks = k_.chunks(first + index / max);
-        if (index % max < chunks.count()) work(index / max, index % max, chunks[index % max]);
+        const auto group = k_.group(first + index / max);
+        if (index % max < group.chunks.count()) work(index / max, index % max, group);
       }
     });
   }

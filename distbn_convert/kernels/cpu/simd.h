@@ -53,9 +53,12 @@ INLINE auto first_lanes(int64_t count) {
 
 template <class A>
 INLINE double sum_lanes(Vec<A> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += double(v[i]);
-  return sum;
+  double sums[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) sums[i] = double(v[i]);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
 }
 
 INLINE Vec<float> widen(U16x16 bits, BFloat16) {
