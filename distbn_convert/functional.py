@@ -92,6 +92,22 @@ _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a dispatch mode, a tracer or a tensor subclass must see the operators.
+
+    Where none does, the backend is called directly: the dispatcher and the way back into
+    Python cost as much as a small layer.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
     input, weight, bias, *_, eps, vt_world_size, interleaved = inputs
     ctx.save_for_backward(input, weight, mean, rstd)
@@ -111,7 +127,8 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = reference.gradients(grad_output, input, weight, mean, rstd, *partition)
         grads = (grads[0].to(input.dtype), *grads[1:])
     else:
-        grads = _BACKWARD(grad_output, input, weight, mean, rstd, *partition)
+        function = _BACKWARD if _is_watched(grad_output, input, weight) else _batch_norm_backward
+        grads = function(grad_output, input, weight, mean, rstd, *partition)
     grad_weight = None if weight is None else grads[1].to(weight.dtype)
     grad_bias = None if ctx.bias_dtype is None else grads[2].to(ctx.bias_dtype)
     return grads[0], grad_weight, grad_bias, *(None,) * 7
@@ -138,9 +155,10 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, mean, rstd = _FORWARD(*inputs)
+        function = _FORWARD if _is_watched(*inputs[:6]) else _batch_norm
+        output, mean, rstd = function(*inputs)
         _save(ctx, inputs, mean, rstd)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,7 +297,7 @@ def dist_batch_norm(
     check_values(input, vt_world_size)
     if num_batches_tracked is not None:
         ranks = min(input.shape[0], vt_world_size) or vt_world_size
-        num_batches_tracked[:ranks].add_(1)
+        (num_batches_tracked if ranks == vt_world_size else num_batches_tracked[:ranks]).add_(1)
     function: Any = _BatchNorm
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         function = _FunctorchBatchNorm

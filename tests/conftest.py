@@ -3,7 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distbn_convert import kernels
+from distbn_convert.kernels import cpu, reference
+
+BACKENDS = {"reference": (reference,), "cpu": (cpu, reference)}
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the backend that the op is made to take in this test."""
+    name: str = request.param
+    if name == "cpu" and not cpu.load():
+        pytest.skip("the CPU kernel cannot be built here; its log line says why")
+    monkeypatch.setattr(kernels, "_BACKENDS", BACKENDS[name])
+    return name

@@ -14,6 +14,8 @@ from distbn_convert.functional import dist_batch_norm
 
 from .oracle import loop_batch_norm
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 PARTITIONS = ("contiguous", "interleaved")
 SHAPES = [(12, 5), (12, 5, 7), (12, 5, 4, 3), (12, 5, 2, 3, 2), (14, 5, 4, 3), (13, 5), (3, 5, 4)]
 

@@ -1,0 +1,131 @@
+"""The CPU backend: one C++ kernel for each direction, compiled on first use.
+
+Statistics are two-pass or shifted sums over chunks that depend on the shape alone, so the
+result has the same bits with any number of threads. The files: ``batch_norm.cpp`` (the
+operators), ``rows.h`` and ``columns.h`` (the two memory layouts), ``statistics.h``,
+``schedule.h``, ``simd.h``; :mod:`.build` compiles them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import reference
+from .build import load
+
+__all__ = ["backward", "forward", "supports"]
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def supports(input: Tensor) -> bool:
+    """Say whether this backend takes ``input``; the first call compiles the kernel."""
+    return (
+        input.is_cpu
+        and input.dtype in _DTYPES
+        and input.layout is torch.strided
+        and input.numel() > 0
+        and load()
+    )
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`distbn_convert.kernels.reference.forward`."""
+    x, channels_last = _arrange(input)
+    output = torch.empty_like(x)
+    dtype = reference.accumulate_dtype(input.dtype)
+    mean = input.new_empty((vt_world_size, input.shape[1]), dtype=dtype)
+    rstd = torch.empty_like(mean)
+    tracked = running_mean is not None and running_var is not None
+    torch.ops.distbn_convert_cpu.forward.default(
+        output,
+        mean,
+        rstd,
+        x,
+        weight,
+        bias,
+        running_mean if tracked else None,
+        running_var if tracked else None,
+        num_batches_tracked if momentum is None else None,
+        0.0 if momentum is None else momentum,
+        eps,
+        interleaved,
+        channels_last,
+    )
+    if running_mean is not None and running_var is not None:
+        increment_version((running_mean, running_var))
+    return _restore(output, x, input), mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`distbn_convert.kernels.reference.backward`."""
+    x, channels_last = _arrange(input)
+    if grad_output.stride() != x.stride() or grad_output.dtype != x.dtype:
+        grad_output = torch.empty_like(x).copy_(grad_output)
+    grad_input = torch.empty_like(x)
+    grad_weight = mean.new_empty(mean.shape[1])
+    grad_bias = torch.empty_like(grad_weight)
+    torch.ops.distbn_convert_cpu.backward.default(
+        grad_input,
+        grad_weight,
+        grad_bias,
+        grad_output,
+        x,
+        weight,
+        mean,
+        rstd,
+        interleaved,
+        channels_last,
+    )
+    return _restore(grad_input, x, input), grad_weight, grad_bias
+
+
+def _arrange(input: Tensor) -> tuple[Tensor, bool]:
+    """Return ``input``, copied only if the kernel cannot walk it; whether channels are last."""
+    if input.is_contiguous():
+        return input, input.dim() == 2 or input.numel() == input.shape[0] * input.shape[1]
+    channels, positions = input.shape[1], input.shape[2:].numel()
+    if _is_dense(input, (positions * channels, 1), channels):
+        return input, True
+    if _is_dense(input, (positions * channels, positions), 1):
+        return input, False
+    return _arrange(input.contiguous())
+
+
+def _is_dense(input: Tensor, outer: tuple[int, int], unit: int) -> bool:
+    """Whether N and C have these strides and the positions, in any order, fill ``unit`` on."""
+    sizes, strides = input.shape, input.stride()
+    if any(sizes[d] != 1 and strides[d] != outer[d] for d in (0, 1)):
+        return False
+    for stride, size in sorted(zip(strides[2:], sizes[2:], strict=True)):
+        if size != 1:
+            if stride != unit:
+                return False
+            unit *= size
+    return True
+
+
+def _restore(values: Tensor, x: Tensor, input: Tensor) -> Tensor:
+    """Give a result the memory layout of ``input`` if ``x`` was a copy of it."""
+    return values if x is input else torch.empty_like(input).copy_(values)

@@ -1,0 +1,259 @@
+// Inputs laid out as [N, C, S]: a channel of a sample is one run of S values.
+// A group is one channel of one rank; its mean, scale and shift are scalars.
+#pragma once
+
+#include "schedule.h"
+#include "simd.h"
+#include "statistics.h"
+
+namespace distbn {
+
+constexpr int64_t kRowsChunk = 16384;
+// Values that give a chunk's shift; a sum of squares around it loses at most log2(chunk / head) bits.
+constexpr int64_t kRowsHead = 1024;
+// Values summed in float32 lanes (64 of them) before the sums go to double.
+constexpr int64_t kRowsFlush = 4096;
+
+template <class T>
+struct RowsBase {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int64_t L = kLanes<A>;
+
+  Problem problem;
+  Cut cut;
+  int64_t groups, max_chunks, partial_size = 2, coefficient_size = 4, work_size = 0;
+
+  explicit RowsBase(const Problem& p)
+      : problem(p),
+        cut(p.positions, kRowsChunk),
+        groups(p.ranks * p.channels),
+        max_chunks(group(0).chunks.count()) {}
+
+  // One channel of one rank: its first run begins at offset, the next ones stride further on.
+  struct Group {
+    int64_t rank, channel, offset, stride;
+    Chunks chunks;
+  };
+
+  Group group(int64_t index) const {
+    const int64_t rank = index / problem.channels, channel = index - rank * problem.channels;
+    const Share share(problem, rank);
+    const int64_t sample = problem.channels * problem.positions;
+    return {rank, channel, share.first * sample + channel * problem.positions,
+            share.step * sample, Chunks(share.count, cut)};
+  }
+
+  // Calls full(lane, offset) for whole vectors of a run and part(lane, offset, count) for the rest;
+  // successive vectors fall to different lanes, 0 to 3, so that sums do not wait for each other.
+  template <class Full, class Part>
+  static INLINE void each_vector(int64_t size, const Full& full, const Part& part) {
+    int64_t i = 0;
+    for (; i + 4 * L <= size; i += 4 * L) {
+      full(0, i);
+      full(1, i + L);
+      full(2, i + 2 * L);
+      full(3, i + 3 * L);
+    }
+    for (int lane = 0; i + L <= size; i += L) full(lane++, i);
+    if (i < size) part(3, i, size - i);
+  }
+
+  // Calls block(p) for each run of a chunk, cut to kRowsFlush values, and flush() between them.
+  template <class Block, class Flush>
+  static INLINE void each_block(const Chunk& chunk, int64_t stride, const Block& block,
+                                const Flush& flush) {
+    int64_t filled = 0;
+    for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
+      for (int64_t i = chunk.begin; i < chunk.end; i += kRowsFlush) {
+        const int64_t size = std::min(kRowsFlush, chunk.end - i);
+        if (filled + size > kRowsFlush) {
+          flush();
+          filled = 0;
+        }
+        block(run * stride + i, size);
+        filled += size;
+      }
+    }
+    flush();
+  }
+};
+
+// Sums in four vectors of lanes, then in double.
+template <class A>
+struct LaneSums {
+  Vec<A> lanes[4] = {};
+  double total = 0;
+
+  INLINE void flush() {
+    total += sum_lanes<A>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
+    for (auto& lane : lanes) lane = Vec<A>{};
+  }
+};
+
+template <class T>
+struct RowsForward : RowsBase<T> {
+  using Base = RowsBase<T>;
+  using typename Base::A;
+  using typename Base::Group;
+  using typename Base::V;
+
+  const T* input;
+  T* output;
+  ForwardStatistics statistics;
+
+  RowsForward(const Problem& p, const T* input, T* output, const ForwardStatistics& s)
+      : Base(p), input(input), output(output), statistics(s) {}
+
+  // The mean of the first values of a chunk, to subtract before squaring.
+  A head_mean(const T* p, int64_t stride, const Chunk& chunk) const {
+    const int64_t length = std::min(chunk.end - chunk.begin, kRowsHead);
+    const int64_t runs =
+        std::min(chunk.last_run - chunk.first_run, std::max<int64_t>(1, kRowsHead / length));
+    LaneSums<A> sums;
+    for (int64_t run = chunk.first_run; run < chunk.first_run + runs; ++run) {
+      const T* q = p + run * stride + chunk.begin;
+      Base::each_vector(
+          length, [&](int lane, int64_t i) { sums.lanes[lane] += load(q + i); },
+          [&](int lane, int64_t i, int64_t count) { sums.lanes[lane] += load(q + i, count); });
+    }
+    sums.flush();
+    return A(sums.total / double(runs * length));
+  }
+
+  void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
+    const T* p = input + group.offset;
+    const A shift = head_mean(p, group.stride, chunk);
+    const V shifts = splat(shift);
+    LaneSums<A> sums, squares;
+    const auto add = [&](int lane, V d) {
+      sums.lanes[lane] += d;
+      squares.lanes[lane] += d * d;
+    };
+    Base::each_block(
+        chunk, group.stride,
+        [&](int64_t start, int64_t size) {
+          const T* q = p + start;
+          Base::each_vector(
+              size, [&](int lane, int64_t i) { add(lane, load(q + i) - shifts); },
+              [&](int lane, int64_t i, int64_t count) {
+                add(lane, first_lanes<A>(count) ? load(q + i, count) - shifts : V{});
+              });
+        },
+        [&] {
+          sums.flush();
+          squares.flush();
+        });
+    const double mean = sums.total / double(chunk.size());
+    partial[0] = double(shift) + mean;
+    partial[1] = not_negative(squares.total - sums.total * mean);
+  }
+
+  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t i = 0; i < group.chunks.count(); ++i) {
+      const double size = double(group.chunks[i].size());
+      merge_moments(1, count, &mean, &m2, size, partials + 2 * i, partials + 2 * i + 1,
+                    1);
+      count += size;
+    }
+    statistics.finish(group.rank, group.channel, 1, count, &mean, &m2, coefficients, 1);
+  }
+
+  void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
+    const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
+    const V shift = splat(coefficients[2]);
+    for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
+      const int64_t start = group.offset + run * group.stride + chunk.begin;
+      const T* p = input + start;
+      T* q = output + start;
+      Base::each_vector(
+          chunk.end - chunk.begin,
+          [&](int, int64_t i) { store(q + i, (load(p + i) - mean) * scale + shift); },
+          [&](int, int64_t i, int64_t count) {
+            store(q + i, (load(p + i, count) - mean) * scale + shift, count);
+          });
+    }
+  }
+};
+
+template <class T>
+struct RowsBackward : RowsBase<T> {
+  using Base = RowsBase<T>;
+  using typename Base::A;
+  using typename Base::Group;
+  using typename Base::V;
+
+  const T* grad_output;
+  const T* input;
+  T* grad_input;
+  BackwardStatistics statistics;
+
+  RowsBackward(const Problem& p, const T* grad_output, const T* input, T* grad_input,
+               const BackwardStatistics& s)
+      : Base(p), grad_output(grad_output), input(input), grad_input(grad_input), statistics(s) {}
+
+  void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
+    double saved_mean;
+    statistics.mean.load(group.rank, group.channel, 1, &saved_mean);
+    const V mean = splat(A(saved_mean));
+    LaneSums<A> sums, products;
+    const T* x = input + group.offset;
+    const T* dy = grad_output + group.offset;
+    Base::each_block(
+        chunk, group.stride,
+        [&](int64_t start, int64_t size) {
+          const T* p = x + start;
+          const T* q = dy + start;
+          Base::each_vector(
+              size,
+              [&](int lane, int64_t i) {
+                const V g = load(q + i);
+                sums.lanes[lane] += g;
+                products.lanes[lane] += g * (load(p + i) - mean);
+              },
+              [&](int lane, int64_t i, int64_t count) {
+                const V g = load(q + i, count);
+                const V d = first_lanes<A>(count) ? load(p + i, count) - mean : V{};
+                sums.lanes[lane] += g;
+                products.lanes[lane] += g * d;
+              });
+        },
+        [&] {
+          sums.flush();
+          products.flush();
+        });
+    partial[0] = sums.total;
+    partial[1] = products.total;
+  }
+
+  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
+    double sum_dy = 0, sum_dy_x = 0;
+    for (int64_t i = 0; i < group.chunks.count(); ++i) {
+      sum_dy += partials[2 * i];
+      sum_dy_x += partials[2 * i + 1];
+    }
+    statistics.finish(group.rank, group.channel, 1, group.chunks.size(), &sum_dy, &sum_dy_x,
+                      coefficients, 1);
+  }
+
+  void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
+    const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
+    const V slope = splat(coefficients[2]), constant = splat(coefficients[3]);
+    for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
+      const int64_t start = group.offset + run * group.stride + chunk.begin;
+      const T* p = input + start;
+      const T* q = grad_output + start;
+      T* r = grad_input + start;
+      const auto dx = [&](V x, V dy) { return (x - mean) * slope + (dy * scale + constant); };
+      Base::each_vector(
+          chunk.end - chunk.begin,
+          [&](int, int64_t i) { store(r + i, dx(load(p + i), load(q + i))); },
+          [&](int, int64_t i, int64_t count) {
+            store(r + i, dx(load(p + i, count), load(q + i, count)), count);
+          });
+    }
+  }
+};
+
+}  // namespace distbn
