@@ -246,3 +246,16 @@ def test_triton_is_not_imported_before_a_cuda_tensor_comes() -> None:
         "assert 'distbn_convert.kernels.gpu.launch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_check_of_a_gpu_machine_says_what_is_missing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    run = subprocess.run(
+        [ROOT / "scripts" / "gpu_check"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    expected = "a CUDA device" if importlib.util.find_spec("triton") else "has no triton"
+    assert run.stderr.startswith("Error: expected")
+    assert expected in run.stderr
