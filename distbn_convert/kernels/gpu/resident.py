@@ -53,7 +53,8 @@ def resident_forward(
     # Sums around the first value, so that a large mean costs no digits.
     valid = lanes < channels
     first = x + start + (lanes if LAST else lanes.to(tl.int64) * DIVISOR)
-    pivot = tl.load(first, mask=valid & (values > 0), other=0.0).to(tl.float32)
+    seen = lanes < tl.where(values > 0, channels, 0)
+    pivot = tl.load(first, mask=seen, other=0.0).to(tl.float32)
     count = tl.maximum(values, 1).to(tl.float32)
     deviation = tl.where(mask, tile.to(tl.float32) - pivot[None, :], 0.0)
     mean = pivot + tl.div_rn(tl.sum(deviation, 0), count)

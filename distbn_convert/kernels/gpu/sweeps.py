@@ -39,13 +39,20 @@ def lane_moments(
     mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     m2 = tl.zeros([ROWS, CHANNELS], tl.float32)
     met = 0.0
+    offsets, mask = place(
+        begin, stop, lanes, channels, vt_world_size,
+        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
+    )  # fmt: skip
+    ahead = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
     for row in range(begin, stop, ROWS):
+        value, valid = ahead, mask
+        # The next tile is asked for before this one is used, or too few bytes are in flight.
         offsets, mask = place(
-            row, stop, lanes, channels, vt_world_size,
+            row + ROWS, stop, lanes, channels, vt_world_size,
             ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
         )  # fmt: skip
-        value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
-        deviation = tl.where(mask, value.to(tl.float32) - mean, 0.0)
+        ahead = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
+        deviation = tl.where(valid, value.to(tl.float32) - mean, 0.0)
         met += 1.0
         step = deviation * (1.0 / met)
         mean += step

@@ -133,7 +133,7 @@ def finish(
     tl.store(rstd_out + cell, rstd, mask=mask)
     if running_mean is not None:
         # A rank with no samples keeps its statistics.
-        mask = mask & (values > 0)
+        mask = lanes < tl.where(values > 0, channels, 0)
         if momentum is None:
             factor = tl.div_rn(1.0, tl.load(counts + rank).to(tl.float32))
         else:
