@@ -82,6 +82,8 @@ def test_public_names_can_be_imported_and_are_no_others() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_every_file_names_what_is_public(file: Path) -> None:
+    if any(name.partition(".")[0] == "triton" for name in imports(file)):
+        pytest.importorskip("triton", reason="triton is not installed")
     names = ("distbn_convert", *file.relative_to(PACKAGE).with_suffix("").parts)
     module = importlib.import_module(".".join(names).removesuffix(".__init__"))
     assert module.__doc__

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 
 __all__ = ["Backend", "select_backend"]
 
@@ -49,7 +49,7 @@ class Backend(Protocol):
         """Return the gradients of input, weight and bias."""
 
 
-_BACKENDS: tuple[Backend, ...] = (cpu, reference)
+_BACKENDS: tuple[Backend, ...] = (cpu, gpu, reference)
 
 
 def select_backend(input: Tensor) -> Backend:

@@ -1,0 +1,128 @@
+"""The GPU backend: Triton kernels that read a rank's share from memory once where it fits.
+
+A share is V times smaller than the batch, so that it fits in registers, or at least in L2,
+where the whole batch's does not. See :mod:`.rule` for which kernel runs and :mod:`.tiles` for
+what they share. Triton is imported at the first CUDA tensor.
+
+``float64`` and empty batches are :mod:`..reference`'s, as is everything on a GPU that Triton's
+kernels were not compiled for (compute capability below 8.0, or not NVIDIA's).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+__all__ = ["backward", "forward", "supports"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supports(input: Tensor) -> bool:
+    """Say whether this backend takes ``input``."""
+    return input.is_cuda and input.dtype in _DTYPES and _has_triton(input.device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Say whether Triton is installed and compiles for the device."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise and update the running statistics; see :func:`..reference.forward`."""
+    if input.numel() == 0:
+        return reference.forward(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+            vt_world_size,
+            interleaved,
+        )
+    from . import launch
+
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = running_mean.contiguous(), running_var.contiguous()
+    counts = None if num_batches_tracked is None else num_batches_tracked.contiguous()
+    y, mean, rstd = launch.forward(
+        input,
+        _dense(weight),
+        _dense(bias),
+        running,
+        counts,
+        momentum,
+        eps,
+        vt_world_size,
+        interleaved,
+    )
+    if running is not None:
+        _written(running_mean, running[0])
+        _written(running_var, running[1])
+    return _like(y, input), mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate :func:`forward`; see :func:`..reference.backward`."""
+    partition = vt_world_size, interleaved
+    if input.numel() == 0:
+        return reference.backward(grad_output, input, weight, mean, rstd, *partition)
+    from . import launch
+
+    dx, sums = launch.backward(
+        grad_output, input, _dense(weight), mean.contiguous(), rstd.contiguous(), *partition
+    )
+    grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
+    return _like(dx, input), grad_weight, grad_bias
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _written(statistic: Tensor | None, rows: Tensor) -> None:
+    """Bring what a kernel wrote into the buffer, and tell autograd that it has changed."""
+    assert statistic is not None
+    if rows.data_ptr() != statistic.data_ptr():
+        statistic.copy_(rows)
+    else:
+        torch.autograd.graph.increment_version(statistic)
+
+
+def _like(values: Tensor, input: Tensor) -> Tensor:
+    """Return ``values`` with the strides that a tensor like ``input`` has."""
+    if values.stride() == input.stride():
+        return values
+    like = torch.empty_like(input)
+    return values if values.stride() == like.stride() else like.copy_(values)

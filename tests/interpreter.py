@@ -1,0 +1,101 @@
+"""Run the GPU kernels in Triton's interpreter: ``python -m tests.interpreter CASE``.
+
+A process of its own, with ``TRITON_INTERPRET=1`` set before triton is imported. Every tensor
+lies between margins of NaN, and what the kernels allocate starts as NaN: a value read that was
+not written shows in the results, a value written outside shows in the margins. Results are
+compared with the definition in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distbn_convert import kernels
+from distbn_convert.functional import dist_batch_norm
+from distbn_convert.kernels import gpu, reference
+from distbn_convert.kernels.gpu import launch
+
+from .kernel_cases import CASES, Case, check, compute, force, make, widened
+
+MARGIN = 37
+_buffers: list[tuple[Tensor, int]] = []
+_empty_like, _new_empty = torch.empty_like, torch.Tensor.new_empty
+
+
+def guarded(shape: Any, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of NaN between margins of NaN."""
+    numel = torch.Size(shape).numel()
+    buffer = torch.full((numel + 2 * MARGIN,), float("nan"), dtype=dtype)
+    _buffers.append((buffer, numel))
+    return buffer[MARGIN : MARGIN + numel].view(shape)
+
+
+def guarded_copy(tensor: Tensor) -> Tensor:
+    """The tensor, strides and all, between margins of NaN; integers are left alone."""
+    if not tensor.is_floating_point():
+        return tensor
+    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    copy = guarded([tensor.shape[dim] for dim in order], tensor.dtype)
+    copy = copy.permute([order.index(dim) for dim in range(tensor.dim())])
+    return copy.copy_(tensor)
+
+
+def guarded_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    model = _empty_like(tensor, dtype=dtype or tensor.dtype)
+    return guarded_copy(model.fill_(float("nan")))
+
+
+def guarded_new(self: Tensor, shape: Any, dtype: Any = None, **options: Any) -> Tensor:
+    if options:  # the interpreter's own
+        return _new_empty(self, shape, dtype=dtype, **options)
+    return guarded(shape, dtype or self.dtype)
+
+
+def check_margins() -> None:
+    for buffer, numel in _buffers:
+        margins = torch.cat([buffer[:MARGIN], buffer[MARGIN + numel :]])
+        assert margins.isnan().all(), "a kernel wrote outside its tensors"
+    _buffers.clear()
+
+
+def check_kernel(kind: str) -> None:
+    launch.select_kernel = force(kind)
+    torch.empty_like = guarded_like
+    torch.Tensor.new_empty = guarded_new
+    for case in CASES:
+        launch._NARROW = 0 if case.wide else 2**31 - 2**20
+        torch.manual_seed(0)
+        check(case, make(case, guarded_copy))
+        check_margins()
+
+
+def check_operator() -> None:
+    """The public op, its autograd and a fullgraph capture go through the kernels."""
+    gpu.supports = lambda input: input.dtype != torch.float64
+    assert kernels.select_backend(torch.ones(1)) is gpu
+    compiled = torch.compile(dist_batch_norm, backend="aot_eager", fullgraph=True)
+    for case in (Case(), CASES[5]):
+        tensors = make(case)
+        x, weight, bias = (tensors[n].requires_grad_() for n in ("x", "weight", "bias"))
+        results = []
+        for function in (dist_batch_norm, compiled):
+            rows = tensors["mean"].clone(), tensors["var"].clone()
+            partition = "interleaved" if case.interleaved else "contiguous"
+            settings = {"vt_world_size": case.vt_world_size, "partition": partition}
+            y = function(x, *rows, weight, bias, momentum=case.momentum, **settings)
+            results.append((y, *rows, *torch.autograd.grad(y, (x, weight, bias), tensors["dy"])))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        wide = {name: t.detach() for name, t in widened(tensors).items()}
+        exact = compute(reference, case, wide)
+        names = "y", "running mean", "running var", "dx", "dweight", "dbias"
+        for name, result in zip(names, results[0], strict=True):
+            eps = torch.finfo(result.dtype).eps
+            torch.testing.assert_close(result.double(), exact[name], rtol=4 * eps, atol=16 * eps)
+
+
+if __name__ == "__main__":
+    check_operator() if sys.argv[1] == "operator" else check_kernel(sys.argv[1])

@@ -1,0 +1,138 @@
+"""Batches for the GPU kernels and their comparison with the definition, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distbn_convert.kernels import gpu, reference
+from distbn_convert.kernels.gpu.rule import Choice
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch and how it is normalised; the defaults are the plainest."""
+
+    shape: tuple[int, ...] = (8, 2, 6)
+    vt_world_size: int = 4
+    interleaved: bool = False
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    affine: str = "weight bias"
+    running: torch.dtype | None = torch.float32
+    momentum: float | None = 0.1
+    shift: float = 2.0
+    wide: bool = False
+    memory: str = "dense"
+
+
+CASES = [
+    Case(),
+    Case((9, 2, 5), dtype=torch.bfloat16, momentum=None),
+    Case((9, 2, 8), interleaved=True, dtype=torch.float16, affine="weight"),
+    Case((3, 2, 8), running=torch.bfloat16, affine="bias", wide=True),
+    Case((8, 3, 4), channels_last=True, affine=""),
+    Case((9, 4, 2, 3), interleaved=True, channels_last=True, dtype=torch.bfloat16),
+    Case((3, 4, 2, 2, 2), channels_last=True, momentum=None, wide=True),
+    Case((10, 5), running=None, interleaved=True, dtype=torch.float16),
+    Case((6, 2, 33), vt_world_size=2, shift=1000.0),
+    Case((6, 2, 33), vt_world_size=2, shift=1000.0, channels_last=True),
+    Case((4, 1, 5), vt_world_size=1, memory="strided"),
+]
+Tensors = dict[str, Any]
+
+
+def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
+    """Random tensors of a case, each passed through ``place``; counters start above zero."""
+    ranks, channels = case.vt_world_size, case.shape[1]
+    x = (torch.randn(case.shape, dtype=torch.float64) + case.shift).to(case.dtype)
+    dy = torch.randn(case.shape, dtype=torch.float64).to(case.dtype)
+    if case.channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = torch.randn(ranks, channels), torch.rand(ranks, channels)
+    mean, var = (None if case.running is None else row.to(case.running) for row in rows)
+    tensors = {
+        "x": x,
+        "dy": dy,
+        "weight": torch.rand(channels) + 0.5 if "weight" in case.affine else None,
+        "bias": torch.randn(channels) if "bias" in case.affine else None,
+        "mean": mean,
+        "var": var,
+        "counts": torch.arange(ranks) + 2,
+    }
+    placed = {name: None if t is None else place(t) for name, t in tensors.items()}
+    if case.memory == "strided":
+        placed["x"] = torch.stack([placed["x"], placed["x"]], -1)[..., 0]
+        placed["dy"] = placed["dy"][:1].expand(case.shape)
+        placed["mean"] = torch.stack([placed["mean"], placed["mean"]], -1)[..., 0]
+    return placed
+
+
+def compute(backend: Any, case: Case, tensors: Tensors) -> dict[str, Tensor]:
+    """Everything that a backend returns and writes, by name."""
+    rows = tensors["mean"], tensors["var"]
+    affine = tensors["weight"], tensors["bias"]
+    partition = case.vt_world_size, case.interleaved
+    y, mean, rstd = backend.forward(
+        tensors["x"], *affine, *rows, tensors["counts"], case.momentum, 1e-5, *partition
+    )
+    dx, dw, db = backend.backward(
+        tensors["dy"], tensors["x"], tensors["weight"], mean, rstd, *partition
+    )
+    names = "y", "batch mean", "rstd", "dx", "dweight", "dbias", "running mean", "running var"
+    results = zip(names, (y, mean, rstd, dx, dw, db, *rows), strict=True)
+    return {name: result for name, result in results if result is not None}
+
+
+def cloned(tensors: Tensors) -> Tensors:
+    """Copies that share nothing."""
+    return {name: None if t is None else t.clone() for name, t in tensors.items()}
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """Copies in float64, apart from the counters."""
+    return {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in cloned(tensors).items()
+    }
+
+
+def check(case: Case, tensors: Tensors) -> None:
+    """Compare with the definition: the error is at most twice its own in the case's dtype."""
+    exact = compute(reference, case, widened(tensors))
+    peers = compute(reference, case, cloned(tensors))
+    versions = [tensors[name]._version for name in ("mean", "var") if case.running]
+    ours = compute(gpu, case, tensors)
+    for name, result in ours.items():
+        truth, peer = exact[name], peers[name]
+        assert result.dtype == peer.dtype, f"{name}: {result.dtype}, not {peer.dtype}"
+        assert result.stride() == peer.stride() or name == "running mean", name
+        assert not result.isnan().any(), f"{name}: not a number, in {case}"
+        error, allowed = ((t.double() - truth).abs().max().item() for t in (result, peer))
+        rounding = torch.finfo(result.dtype).eps * truth.abs().max().item()
+        # A mean of `shift` is rounded to float32, whatever is done after.
+        limit = 2 * allowed + 2 * rounding + 2 * torch.finfo(torch.float32).eps * case.shift
+        assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}, in {case}"
+    after = [tensors[name]._version for name in ("mean", "var") if case.running]
+    assert all(new > old for old, new in zip(versions, after, strict=True)), "version counters"
+
+
+def force(kind: str) -> Callable[..., Choice]:
+    """A rule that always takes one kernel, with tiles so small that every loop turns."""
+
+    def choose(*, channels_last: bool, values: int, channels: int, **_: Any) -> Choice:
+        width = 2 if channels_last and channels > 1 else 1
+        rows = 1 << (values - 1).bit_length()
+        if kind == "resident":
+            return Choice(kind, rows, width, 1)
+        rows = max(rows // 4, 8)
+        if kind == "loop":
+            return Choice(kind, rows, width, 1)
+        return Choice(kind, rows, width, 1, -(-values // rows), rows)
+
+    return choose

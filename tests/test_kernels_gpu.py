@@ -1,0 +1,270 @@
+"""The GPU backend where there is no GPU: interpreted, compiled ahead of time, its rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distbn_convert.kernels import gpu, reference, select_backend
+from distbn_convert.kernels.gpu.rule import Choice, select_kernel
+
+from .aot import RESNET50, compile_kernel, configurations, kernels_of
+
+
+def triton_version() -> tuple[int, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    return tuple(int(part) for part in version("triton").split(".")[:2])
+
+
+needs_triton = pytest.mark.skipif(
+    triton_version() < (3, 6),
+    reason="triton is not installed, or older than 3.6: its interpreter ignores some masks",
+)
+LAYERS = [(channels, side * side) for channels, side in RESNET50]
+ROOT = Path(__file__).parent.parent
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["resident", "loop", "split", "operator"])
+def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.interpreter", case]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def share(channels: int, positions: int, itemsize: int, last: bool, **changes: Any) -> Any:
+    from distbn_convert.kernels.gpu.launch import Share
+
+    values = {
+        "samples": 256,
+        "channels": channels,
+        "positions": positions,
+        "vt_world_size": 8,
+        "interleaved": False,
+        "last": last,
+        "itemsize": itemsize,
+    }
+    return Share(**(values | changes))
+
+
+@needs_triton
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_of_resnet50_compiles_without_spills(capability: int, last: bool) -> None:
+    found = {}
+    for channels, positions in LAYERS:
+        for itemsize in (2, 4):
+            for backward in (False, True):
+                found |= configurations(share(channels, positions, itemsize, last), backward)
+    for (name, itemsize, key), (kernel, constants) in found.items():
+        resources = compile_kernel(kernel, itemsize, constants, capability)
+        what = f"{name}, {itemsize} bytes, {key}"
+        assert resources.stack == 0, f"{what} spills {resources.stack} bytes"
+        if capability == 90 and constants["VECTOR"] * itemsize == 16:
+            assert "LDG.E.128" in strip_hints(resources.machine_code), what
+
+
+def strip_hints(machine_code: str) -> str:
+    """Machine code without the cache hints of its loads."""
+    return machine_code.replace(".EF", "").replace(".EL", "").replace(".LU", "")
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
+    "interleaved, no affine, cumulative average": (
+        {"interleaved": True},
+        {"weight": None, "bias": None, "counts": "*i64", "momentum": None},
+    ),
+    "64-bit offsets, no statistics": (
+        {"samples": 2**20, "positions": 4096},
+        {"running_mean": None, "running_var": None},
+    ),
+    "odd sizes, half parameters": (
+        {"positions": 49, "channels": 37},
+        {"weight": "*fp16", "bias": "*bf16", "running_mean": "*bf16", "running_var": "*fp16"},
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("variant", "last"),
+    [
+        ("interleaved, no affine, cumulative average", False),
+        ("interleaved, no affine, cumulative average", True),
+        ("64-bit offsets, no statistics", False),
+        ("odd sizes, half parameters", True),
+    ],
+)
+def test_every_variant_of_every_kernel_compiles(variant: str, last: bool) -> None:
+    from distbn_convert.kernels.gpu.split import merge_moments
+
+    changes, types = VARIANTS[variant]
+    described = share(64, 256, 2, last)._replace(**changes)
+    assert described.wide() == variant.startswith("64-bit")
+    for kind in ("resident", "loop", "split"):
+        constants = described.constants(Choice(kind, 256, 8 if last else 1, 1))
+        for backward in (False, True):
+            for kernel in kernels_of(kind, backward):
+                compile_kernel(kernel, 2, constants, 90, **types)
+    merging = {"SPLITS": 128, "CHANNELS": 32, "WIDE": described.wide(), "num_warps": 4}
+    assert compile_kernel(merge_moments, 2, merging, 90, **types).stack == 0
+
+
+def choose(channels: int, positions: int, **changes: Any) -> Choice:
+    """The rule's answer for ResNet-50's batch of 256 over 8 ranks in bf16, or with changes."""
+    values = {
+        "backward": False,
+        "channels_last": False,
+        "itemsize": 2,
+        "vector": 8,
+        "channels": channels,
+        "values": 32 * positions,
+        "vt_world_size": 8,
+    }
+    return select_kernel(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "kind"),
+    [
+        ((2048, 49), {"vector": 1}, "resident"),
+        ((1024, 196), {}, "resident"),
+        ((512, 784), {}, "resident"),
+        ((512, 784), {"backward": True}, "loop"),
+        ((512, 784), {"vector": 1}, "loop"),
+        ((256, 3136), {}, "loop"),
+        ((64, 12544), {"itemsize": 4, "backward": True}, "loop"),
+        ((16, 12544), {}, "split"),
+        ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "loop"),
+        ((2048, 49), {"channels_last": True}, "resident"),
+        ((2048, 49), {"channels_last": True, "backward": True}, "loop"),
+        ((1024, 196), {"channels_last": True}, "split"),
+        ((64, 12544), {"channels_last": True}, "split"),
+        ((512, 1), {"channels_last": True}, "resident"),
+    ],
+    ids=str,
+)
+def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
+    layer: tuple[int, int], changes: dict[str, Any], kind: str
+) -> None:
+    assert choose(*layer, **changes).kind == kind
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_choice_covers_its_share_with_legal_tiles(
+    itemsize: int, backward: bool, last: bool
+) -> None:
+    for channels in (1, 3, 24, 64, 2048):
+        for values in (1, 2, 7, 98, 6272, 25088, 401408, 2**31 + 5):
+            for ranks in (1, 8, 1000):
+                choice = select_kernel(
+                    backward=backward,
+                    channels_last=last,
+                    itemsize=itemsize,
+                    vector=1,
+                    channels=channels,
+                    values=values,
+                    vt_world_size=ranks,
+                )
+                for size in (choice.rows, choice.channels, choice.warps):
+                    assert size & (size - 1) == 0
+                    assert size >= 1
+                assert choice.rows * choice.channels <= 2**17
+                assert choice.warps <= 32
+                assert choice.splits <= 128
+                covered = {"resident": choice.rows, "loop": values}.get(
+                    choice.kind, choice.splits * choice.size
+                )
+                assert covered >= values
+                assert choice.size % choice.rows == 0
+                assert choice.kind != "split" or (choice.splits - 1) * choice.size < values
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "last"),
+    [((4, 3, 5, 5), False), ((4, 3, 5), False), ((4, 3), True), ((4, 3, 1, 1), True)],
+    ids=str,
+)
+def test_memory_is_described_without_a_copy(shape: tuple[int, ...], last: bool) -> None:
+    from distbn_convert.kernels.gpu.launch import arrange
+
+    x = torch.randn(shape)
+    assert arrange(x)[0] is x
+    assert arrange(x)[1] is last
+    turned = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    assert arrange(turned)[0] is turned
+    assert arrange(turned)[1] is True
+    gaps = torch.stack([x, x], -1)[..., 0]
+    assert arrange(gaps)[0].is_contiguous()
+
+
+@needs_triton
+def test_offsets_widen_before_32_bits_overflow() -> None:
+    assert not share(64, 3136, 2, False).wide()
+    assert not share(2**10, 2**14, 2, False, samples=8 * 2**6).wide()
+    assert share(2**10, 2**14, 2, False, samples=8 * 2**7).wide()
+    assert share(2**10, 2**14, 2, False, samples=8 * 2**4, interleaved=True).wide()
+
+
+def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not gpu.supports(torch.ones(2))
+    assert select_backend(torch.ones(2)) is not gpu
+
+    class Input:
+        is_cuda = True
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+
+    monkeypatch.setattr(gpu, "_has_triton", lambda device: True)
+    assert gpu.supports(Input())
+    Input.dtype = torch.float64
+    assert not gpu.supports(Input())
+    Input.dtype = torch.float32
+    monkeypatch.setattr(gpu, "_has_triton", lambda device: False)
+    assert not gpu.supports(Input())
+
+
+def test_an_empty_batch_is_left_to_the_definition() -> None:
+    x = torch.empty(0, 3, 4)
+    ours = gpu.forward(x, None, None, None, None, None, 0.1, 1e-5, 2, False)
+    theirs = reference.forward(x, None, None, None, None, None, 0.1, 1e-5, 2, False)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        gpu.backward(x, x, None, *ours[1:], 2, False),
+        reference.backward(x, x, None, *theirs[1:], 2, False),
+    )
+
+
+def test_triton_is_not_imported_before_a_cuda_tensor_comes() -> None:
+    code = (
+        "import torch, sys; from distbn_convert.functional import dist_batch_norm;"
+        "dist_batch_norm(torch.randn(4, 2, 3), vt_world_size=2);"
+        "assert 'distbn_convert.kernels.gpu.launch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_check_of_a_gpu_machine_says_what_is_missing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    run = subprocess.run(
+        [ROOT / "scripts" / "gpu_check"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    expected = "a CUDA device" if importlib.util.find_spec("triton") else "has no triton"
+    assert run.stderr.startswith("Error: expected")
+    assert expected in run.stderr

@@ -1,0 +1,270 @@
+"""The GPU backend on a CUDA device: ``python -m pytest -m gpu``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distbn_convert import DistBatchNorm2d, convert_model, kernels
+from distbn_convert.functional import dist_batch_norm
+from distbn_convert.kernels import gpu, reference, select_backend
+
+from .ddp import dealt_batches, make_data, make_model, train_ddp
+from .kernel_cases import CASES, Case, check, compute, force, make
+from .resnet import resnet50
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+KINDS = ("resident", "loop", "split")
+# Shapes for which the rule takes each kernel in one of the passes or layouts.
+SHAPES = [
+    ((64, 32, 14, 14), 8),
+    ((61, 33, 7, 7), 8),
+    ((64, 64, 56, 56), 8),
+    ((16, 64, 112, 112), 4),
+    ((12, 8, 112, 112), 4),
+    ((64, 512), 8),
+    ((30, 24, 5, 6, 7), 4),
+]
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Under deterministic algorithms torch fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def cuda(tensor: Tensor) -> Tensor:
+    return tensor.cuda()
+
+
+def test_cuda_tensors_go_to_this_backend() -> None:
+    assert select_backend(torch.ones(2, 2, device="cuda")) is gpu
+    assert select_backend(torch.ones(2, 2, device="cuda", dtype=torch.float64)) is reference
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "interleaved"),
+    [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)],
+    ids=str,
+)
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES, ids=str)
+def test_results_agree_with_the_definition(
+    shape: tuple[int, ...], ranks: int, dtype: torch.dtype, channels_last: bool, interleaved: bool
+) -> None:
+    case = Case(shape, ranks, interleaved, channels_last, dtype)
+    check(case, make(case, cuda))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kernel_agrees_with_the_definition(
+    case: Case, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbn_convert.kernels.gpu import launch
+
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    if case.wide:
+        monkeypatch.setattr(launch, "_NARROW", 0)
+    check(case, make(case, cuda))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+def test_a_thousand_repeats_are_the_same_bits(
+    kind: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbn_convert.kernels.gpu import launch
+
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    case = Case((37, 24, 9, 11), 8, channels_last=channels_last, momentum=0.0)
+    tensors = make(case, cuda)
+    first = compute(gpu, case, tensors)
+    first = {name: result.clone() for name, result in first.items()}
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for name, result in compute(gpu, case, tensors).items():
+            differing += (result != first[name]).sum()
+    assert differing.item() == 0
+
+
+def test_work_is_ordered_by_the_current_stream() -> None:
+    case = Case((64, 64, 28, 28), 8)
+    tensors = make(case, cuda)
+    expected = compute(gpu, case, {**tensors, "mean": None, "var": None})
+    x = torch.zeros_like(tensors["x"])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(tensors["x"])
+        late = compute(gpu, case, {**tensors, "x": x, "mean": None, "var": None})
+    stream.synchronize()
+    torch.testing.assert_close(late, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 14, 14), (16, 64, 112, 112), (8, 8, 112, 112)], ids=str)
+def test_a_step_is_captured_in_a_cuda_graph(shape: tuple[int, ...]) -> None:
+    layer = DistBatchNorm2d(shape[1], vt_world_size=4).cuda()
+    eager = copy.deepcopy(layer)
+    x = torch.randn(shape, device="cuda").requires_grad_()
+    upstream = torch.randn(shape, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.autograd.grad(copy.deepcopy(layer)(x), x, upstream)  # compiles and loads
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = layer(x)
+        gradients = torch.autograd.grad(output, (x, *layer.parameters()), upstream)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        expected = eager(x)
+        truth = torch.autograd.grad(expected, (x, *eager.parameters()), upstream)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        torch.testing.assert_close(gradients, truth, rtol=0, atol=0)
+        torch.testing.assert_close(dict(layer.state_dict()), dict(eager.state_dict()))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_network_compiles_as_one_graph() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, momentum=None), nn.ReLU())
+    net = convert_model(net, vt_world_size=4).cuda()
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(16, 3, 20, 20, device="cuda")
+        expected, output = net(x), compiled(x)
+        upstream = torch.randn_like(expected)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        truth = torch.autograd.grad(expected, list(net.parameters()), upstream)
+        gradients = torch.autograd.grad(output, list(twin.parameters()), upstream)
+        torch.testing.assert_close(gradients, truth, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(dict(twin.state_dict()), dict(net.state_dict()))
+
+
+def test_training_agrees_with_real_ddp(tmp_path: Path) -> None:
+    replicas = 4
+    states = train_ddp(replicas, tmp_path, broadcast=False)
+    model = convert_model(make_model(), replicas, partition="interleaved").float().cuda()
+    images, labels = make_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for batch in dealt_batches(replicas):
+            loss = F.cross_entropy(model(images[batch].float().cuda()), labels[batch].cuda())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        rows = [state[name] for state in states]
+        truth = torch.stack(rows) if value.dim() > rows[0].dim() else rows[0]
+        torch.testing.assert_close(value.cpu().to(truth.dtype), truth, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+def test_a_resnet50_step_agrees_with_the_definition(
+    channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = convert_model(resnet50(), 4).cuda().to(memory_format=layout)
+    images = torch.randn(16, 3, 64, 64, device="cuda").to(memory_format=layout)
+    labels = torch.randint(0, 1000, (16,), device="cuda")
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        twin = copy.deepcopy(model)
+        loss = F.cross_entropy(twin(images), labels)
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        return loss.detach(), [*gradients, *twin.buffers()]
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        loss, ours = step()
+        monkeypatch.setattr(kernels, "_BACKENDS", (reference,))
+        expected, theirs = step()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    for result, truth in zip(ours, theirs, strict=True):
+        difference = (result.double() - truth.double()).norm()
+        assert difference <= 1e-2 * truth.double().norm() + 1e-5
+
+
+def test_a_bf16_autocast_step_of_resnet50_trains() -> None:
+    torch.manual_seed(0)
+    model = convert_model(resnet50(10), 4).cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(16, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (16,), device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(10):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["contiguous", "interleaved"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+def test_more_than_two_to_the_31_elements(channels_last: bool, interleaved: bool) -> None:
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("the device has less than 40 GB free")
+    ranks, channels, positions = 2, 4096 + 8, 2**17
+    shape = (4, positions, channels) if channels_last else (4, channels, positions)
+    x = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
+    x = x.movedim(-1, 1) if channels_last else x
+    assert x.numel() > 2**31
+    settings = (None, 0.1, 1e-5, ranks, interleaved)
+    y, mean, rstd = gpu.forward(x, None, None, None, None, *settings)
+    dx, dw, db = gpu.backward(y, x, None, mean, rstd, ranks, interleaved)
+    some = torch.tensor([0, 1, channels // 2, channels - 1], device="cuda")
+    part = x[:, some].float()
+    truth = reference.forward(part, None, None, None, None, *settings)
+    torch.testing.assert_close(y[:, some].float(), truth[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(mean[:, some], truth[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rstd[:, some], truth[2], rtol=1e-4, atol=1e-5)
+    upstream = y[:, some].float()
+    exact = reference.backward(upstream, part, None, *truth[1:], ranks, interleaved)
+    torch.testing.assert_close(dx[:, some].float(), exact[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(dw[some], exact[1], rtol=1e-3, atol=1.0)
+    torch.testing.assert_close(db[some], exact[2], rtol=1e-3, atol=1.0)
+
+
+def test_a_device_that_is_not_current_is_used() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    x = torch.randn(16, 8, 5, 5)
+    output = dist_batch_norm(x.to("cuda:1"), vt_world_size=4)
+    assert output.device == torch.device("cuda:1")
+    expected = dist_batch_norm(x, vt_world_size=4)
+    torch.testing.assert_close(output.cpu(), expected)
+
+
+def test_double_backward_works_on_the_device() -> None:
+    x = torch.randn(8, 3, 5, device="cuda").requires_grad_()
+    output = dist_batch_norm(x, vt_world_size=2)
+    (gradient,) = torch.autograd.grad(output.sin().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    twin: Any = x.detach().cpu().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        dist_batch_norm(twin, vt_world_size=2).sin().sum(), twin, create_graph=True
+    )
+    (truth,) = torch.autograd.grad(gradient.square().sum(), twin)
+    torch.testing.assert_close(second.cpu().double(), truth, rtol=1e-3, atol=1e-4)
