@@ -4,7 +4,9 @@ A small ResNet learns handwritten digits of 8x8 pixels, 400 of them, in batches 
 a GPU, which in the last blocks have 32 values to a channel. So a GPU's statistics are noisy, and
 the whole batch's are not: if batch statistics matter anywhere, then here.
 
-    python scripts/reproduce.py        # some minutes on two cores; needs distbn_convert[plot]
+Needs pip install "distbn_convert[examples,plot]".
+
+    python scripts/reproduce.py        # some minutes on two cores
 """
 
 from __future__ import annotations
