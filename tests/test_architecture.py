@@ -35,6 +35,7 @@ HOMES = {
     "click": "cli",
     "torchvision": "models",
     "timm": "integrations",
+    "lightning": "integrations",
 }
 
 
