@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,39 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-def test_python_blocks_print_what_the_readme_says() -> None:
+# Commands of console blocks that other tests run, or that install: by how they begin.
+ELSEWHERE = ("./scripts/", "pip install", "python scripts/", "torchrun ")
+
+
+def run_console(block: str, folder: Path) -> int:
+    """Run the commands of a console block and compare what they print; return their number."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    transcript = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    commands = [(line, said) for line, said in transcript if not line.startswith(ELSEWHERE)]
+    for command, said in commands:
+        run = subprocess.run(
+            command,
+            shell=True,
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert run.stdout == said, command
+    return len(commands)
+
+
+def test_blocks_print_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}
-    compared = 0
+    compared = commands = 0
     for (kind, code), following in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True):
+        if kind == "console":
+            commands += run_console(code, tmp_path)
         if kind != "python":
             continue
         printed = io.StringIO()
@@ -28,7 +59,8 @@ def test_python_blocks_print_what_the_readme_says() -> None:
         expected = following[1] if following[0] == "text" else ""
         assert printed.getvalue() == expected
         compared += 1
-    assert compared >= 6
+    assert compared >= 10
+    assert commands >= 8
 
 
 def test_every_kind_of_block_is_run_by_some_test() -> None:
