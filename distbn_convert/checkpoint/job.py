@@ -216,7 +216,7 @@ def check_checksums(path: Path) -> int:
     """
     if sniff(path) is not Kind.TORCH_ZIP:
         return 0
-    from .torchfile import check_zip
+    from .checksums import check_zip
 
     return check_zip(path)
 
