@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from .checkpoints import Net, Result, run_cli
@@ -63,6 +66,23 @@ def index(folder: Path) -> Path:
 def shard(folder: Path) -> Path:
     index(folder)
     return folder / "1.safetensors"
+
+
+def dcp_metadata(folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it takes this for a single process
+        dcp.save({"model": Net().state_dict(), "epoch": 3}, checkpoint_id=folder)
+    return folder / ".metadata"
+
+
+def dcp_pieces(folder: Path) -> Path:
+    dcp_metadata(folder)
+    return folder / "__0_0.distcp"
+
+
+FILES = (torch_zip, torch_legacy, safetensors)
+INDEXED = (index, shard)
+DCP = (dcp_metadata, dcp_pieces)
 
 
 def boundaries(data: bytes) -> Iterator[bytes]:
@@ -132,7 +152,7 @@ def check(result: Result, folder: Path, before: dict[str, bytes], told: str) -> 
         assert len(lines[0]) > 30, told
 
 
-@pytest.mark.parametrize("make", [torch_zip, torch_legacy, safetensors, index, shard])
+@pytest.mark.parametrize("make", [*FILES, *INDEXED, *DCP])
 def test_a_damaged_file_is_told_and_nothing_else_happens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Path]
 ) -> None:
@@ -142,7 +162,7 @@ def test_a_damaged_file_is_told_and_nothing_else_happens(
     folder.mkdir()
     path = make(folder)
     data = path.read_bytes()
-    source = path if make in (torch_zip, torch_legacy, safetensors) else folder / INDEX
+    source = path if make in FILES else folder / INDEX if make in INDEXED else folder
     codes = set()
     for number, damaged in enumerate(damages(data, dice)):
         path.write_bytes(damaged)
@@ -161,14 +181,16 @@ def test_a_damaged_file_is_told_and_nothing_else_happens(
 
 def read_again(output: Path, told: str) -> None:
     """An output that reports success can be loaded by torch and by the safetensors package."""
-    for path in [output] if output.is_file() else output.glob("*.safetensors"):
-        try:
+    try:
+        for path in [output] if output.is_file() else output.glob("*.safetensors"):
             if path.read_bytes().startswith(b"PK"):
                 torch.load(path, weights_only=True)
             else:
                 load_file(path)
-        except Exception as error:
-            raise AssertionError(told) from error
+        if (output / ".metadata").exists():
+            pickle.loads((output / ".metadata").read_bytes())
+    except Exception as error:
+        raise AssertionError(told) from error
 
 
 def remove(path: Path) -> None:

@@ -61,6 +61,8 @@ class Commands:
     def start(self, *args: object, **request: Any) -> int:
         """Start a command and return its process id; wait() must follow."""
         assert self.zygote.stdin is not None
+        self.out.write_text("")
+        self.err.write_text("")
         streams = {"out": str(self.out), "err": str(self.err)}
         line = json.dumps({"args": [str(arg) for arg in args], **streams, **request})
         self.zygote.stdin.write(line + "\n")
