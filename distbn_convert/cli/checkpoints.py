@@ -35,7 +35,7 @@ def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> No
     \b
     Example:
         $ distbn-convert convert plain.pth virtual.pth --vt-world-size 8
-        converted 20 BatchNorms to 8 virtual ranks: plain.pth -> virtual.pth (torch, 47.4 MB)
+        converted 20 BatchNorms to 8 virtual ranks: plain.pth -> virtual.pth (torch, 47.1 MB)
     """
     from ..checkpoint import convert_checkpoint
 
