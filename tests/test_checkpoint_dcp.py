@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -393,11 +394,19 @@ def test_bytes_that_two_tensors_share_are_not_replaced(folder: Path, tmp_path: P
         convert(folder, tmp_path / "virtual", {BN_KEYS[0]: torch.zeros(4, 16)})
 
 
-def test_a_metadata_that_claims_a_huge_size_takes_no_memory(folder: Path) -> None:
-    claim = pickle.BYTEARRAY8 + (10**10).to_bytes(8, "little")
-    (folder / ".metadata").write_bytes(pickle.PROTO + b"\x05" + claim + b".")
-    with pytest.raises(ReadError, match="it cannot be read"):
+HUGE = {
+    "bytearray": pickle.BYTEARRAY8 + (10**10).to_bytes(8, "little"),
+    "memo": pickle.EMPTY_DICT + pickle.LONG_BINPUT + (4 * 10**9).to_bytes(4, "little"),
+}
+
+
+@pytest.mark.parametrize("claim", HUGE)
+def test_a_metadata_that_claims_a_huge_size_takes_no_memory(folder: Path, claim: str) -> None:
+    (folder / ".metadata").write_bytes(pickle.PROTO + b"\x05" + HUGE[claim] + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ReadError, match="is damaged"):
         read_dcp(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 100, -1])

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,8 @@ class Commands:
     def start(self, *args: object, **request: Any) -> int:
         """Start a command and return its process id; wait() must follow."""
         assert self.zygote.stdin is not None
+        self.out.write_text("")
+        self.err.write_text("")
         streams = {"out": str(self.out), "err": str(self.err)}
         line = json.dumps({"args": [str(arg) for arg in args], **streams, **request})
         self.zygote.stdin.write(line + "\n")
@@ -145,7 +148,7 @@ class Scene:
 
     def reset(self, force: bool) -> dict[str, bytes] | None:
         """Bring the place into its state before a run; return what is at the target."""
-        subprocess.run(["rm", "-rf", self.place], check=True)
+        shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
         return self.put_old() if force else None
 
@@ -306,7 +309,8 @@ def test_a_signal_while_a_checkpoint_is_converted_in_place(
     scene: Scene, number: signal.Signals, backup: bool
 ) -> None:
     scene.reset(False)
-    subprocess.run(["cp", "-r", scene.source, scene.target], check=True)
+    copy = shutil.copytree if scene.source.is_dir() else shutil.copy
+    copy(scene.source, scene.target)
     options = ["--in-place", "--backup" if backup else "--no-backup"]
     delay = random.SystemRandom().uniform(0, 1.1 * scene.seconds)
     process = scene.commands.start("convert", scene.target, "--vt-world-size", 4, *options)
@@ -319,7 +323,7 @@ def test_a_signal_while_a_checkpoint_is_converted_in_place(
     if kept.exists():
         assert backup, told
         assert number == signal.SIGKILL or contents(kept) == scene.before, told
-        subprocess.run(["rm", "-r", kept], check=True)
+        (shutil.rmtree if kept.is_dir() else os.unlink)(kept)
     else:
         assert not (backup and ended.status == 0), told
     scene.check(scene.before, ended, debris=number == signal.SIGKILL)

@@ -507,7 +507,8 @@ def test_legacy_files_are_read_and_written_as_zip(tmp_path: Path) -> None:
     path = tmp_path / "in.pth"
     torch.save(content, path, _use_new_zipfile_serialization=False)
     assert round_trip(path).read_bytes() == resaved(path)
-    report = inspect_checkpoint(path)
+    report = convert_checkpoint(path, tmp_path / "again", 2)
+    assert any("becomes one in today's, a zip" in warning for warning in report.warnings)
     assert report.source.format == "torch-legacy"
 
 

@@ -148,6 +148,9 @@ def test_every_exit_code_is_one_line_or_one_json_document(
     assert done.code == code
     assert done.json["error"]["code"] == word
     assert done.json["error"]["exit_code"] == code
+    assert done.json["error"]["message"].endswith(done.json["error"]["hint"] or "")
+    if code != 2:
+        assert done.json["error"]["path"] == arguments[1]
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
 
 

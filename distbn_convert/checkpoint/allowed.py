@@ -46,6 +46,7 @@ def allowed_globals(extra: Sequence[str] = ()) -> list[Any]:
     plain = [
         argparse.Namespace,
         types.SimpleNamespace,
+        bytes,  # how protocol 2 spells b""
         frozenset,
         datetime.datetime,
         datetime.date,

@@ -15,15 +15,24 @@ from .opaque import InertGlobal, InertObject
 __all__ = ["differences", "first_difference", "same_bits"]
 
 Path = tuple[Any, ...]
+_END = 4096  # elements
+
 Parts = list[tuple[Any, Any]]
 
 
-def first_difference(first: Any, second: Any) -> str | None:
-    """Describe the first place where two trees differ, None if there is none."""
-    return next((f"{dotted(path)}: {what}" for path, what in differences(first, second)), None)
+def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
+    """Describe the first place where two trees differ, None if there is none.
+
+    Args:
+        first: a tree of containers, tensors and objects.
+        second: another.
+        ends: compare of large tensors the two ends alone. Default: False
+    """
+    found = differences(first, second, ends)
+    return next((f"{dotted(path)}: {what}" for path, what in found), None)
 
 
-def differences(first: Any, second: Any) -> Iterator[tuple[Path, str]]:
+def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[Path, str]]:
     """Yield the path of each place where two trees differ, and how, in the order of the first."""
     seen: set[tuple[int, int]] = set()
     stack: list[tuple[Path, Any, Any]] = [((), first, second)]
@@ -37,7 +46,7 @@ def differences(first: Any, second: Any) -> Iterator[tuple[Path, str]]:
             continue
         parts, others = _parts(one), _parts(two)
         if parts is None or others is None:
-            if not _same_leaf(one, two):
+            if not _same_leaf(one, two, ends):
                 yield path, _how(one, two)
         elif not _same_keys(parts, others):
             yield path, _how_keys_differ(parts, others)
@@ -51,19 +60,28 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     if first.dtype != second.dtype or first.requires_grad != second.requires_grad:
         return False
     if _is_plain(first) and _is_plain(second):
-        return first.shape == second.shape and torch.equal(_bits(first), _bits(second))
+        wide = _fits_words(first) and _fits_words(second)
+        return first.shape == second.shape and torch.equal(_bits(first, wide), _bits(second, wide))
     return _saved(first) == _saved(second)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    return dense and type(tensor) in (Tensor, torch.nn.Parameter)
+    return bool(dense) and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _fits_words(tensor: Tensor) -> bool:
+    start = tensor.storage_offset() * tensor.element_size()
+    return bool(tensor.is_contiguous() and tensor.nbytes % 8 == 0 and start % 8 == 0)
+
+
+def _bits(tensor: Tensor, wide: bool) -> Tensor:
+    """View the elements as integers, of 64 bits if they fit, which compare fastest."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype.is_complex:
         tensor = torch.view_as_real(tensor)
+    if wide:
+        return tensor.view(-1).view(torch.int64)
     dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(dtypes[tensor.element_size()])
 
@@ -73,6 +91,12 @@ def _saved(value: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
+
+
+def _ends(tensor: Tensor) -> list[Tensor]:
+    """Return a part at the start and one at the end of a large tensor."""
+    rows = max(1, _END * len(tensor) // tensor.numel())
+    return [tensor[:rows], tensor[-rows:]]
 
 
 def _both_inert(one: Any, two: Any) -> bool:
@@ -101,8 +125,12 @@ def _same_keys(parts: Parts, others: Parts) -> bool:
     )
 
 
-def _same_leaf(one: Any, two: Any) -> bool:
+def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
     if isinstance(one, Tensor):
+        if ends and one.numel() > 4 * _END and one.shape == two.shape and _is_plain(one):
+            return one.stride() == two.stride() and all(
+                same_bits(*parts) for parts in zip(_ends(one), _ends(two), strict=True)
+            )
         return same_bits(one, two)
     if isinstance(one, InertGlobal):
         return bool(one.global_name == two.global_name)

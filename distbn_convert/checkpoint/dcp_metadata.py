@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from ..errors import CheckpointError, ReadError, RefusedError
 from .places import points_outside
 from .stream import Source
+from .unpickler import BoundedUnpickler
 
 __all__ = ["METADATA", "read_metadata"]
 
@@ -52,24 +53,14 @@ def _known_names() -> dict[tuple[str, str], Any]:
     return known
 
 
-# Of these BYTEARRAY8 would take as much memory as the file says.
-_NEVER_NEEDED = (
-    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.PERSID),
-    *(pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
-)
-
-
 class _UnknownNameError(Exception):
     """What the file holds, as the object of a sentence."""
 
 
-_PythonUnpickler: Any = pickle._Unpickler
-
-
-class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+class _Unpickler(BoundedUnpickler):
     """Knows only the names above; BUILD, which sets attributes, only reaches records."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(BoundedUnpickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -86,8 +77,6 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
-    for _opcode in _NEVER_NEEDED:
-        del dispatch[_opcode[0]]
 
 
 def read_metadata(folder: Path) -> tuple[metadata.Metadata, int]:

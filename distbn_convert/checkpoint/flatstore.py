@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from .atomic import atomic_output
+from .flush import flushing
 from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .safetensors import read_bytes, read_tensor, rewrite
@@ -21,7 +23,7 @@ __all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
-_CHUNK = 1 << 24  # bytes
+_CHUNK = 1 << 20  # bytes; two of them stay in the processor's cache
 
 
 class FlatStore:
@@ -62,9 +64,9 @@ class FlatStore:
             dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
         ) as stream:
             rewrite(self.path, stream, self.header, new, progress=options.progress)
-            stream.flush()
             if options.verify:
-                check_rewritten(self.path, self.header, Path(stream.name), new, dst)
+                with flushing(stream, options.fsync):
+                    check_rewritten(self.path, self.header, Path(stream.name), new, dst)
             options.before_publish()
 
 
@@ -103,7 +105,7 @@ def check_rewritten(
     new = read_header(written)
     if list(new.tensors) != list(old.tensors) or new.metadata != old.metadata:
         raise read_back_error(dst, "its header")
-    with open(src, "rb") as source, open(written, "rb") as copy:
+    with open(src, "rb", buffering=0) as source, open(written, "rb", buffering=0) as copy:
         for name, info in new.tensors.items():
             before = old.tensors[name]
             if name in replacements:
@@ -117,11 +119,28 @@ def check_rewritten(
                 raise read_back_error(dst, name)
 
 
-def _same_bytes(one: IO[bytes], other: IO[bytes], length: int) -> bool:
-    return all(
-        one.read(min(_CHUNK, length - start)) == other.read(min(_CHUNK, length - start))
-        for start in range(0, length, _CHUNK)
-    )
+def _same_bytes(one: io.FileIO, other: io.FileIO, length: int) -> bool:
+    """Compare the next bytes of two files; one that is cut short is not the same."""
+    first, second = bytearray(min(length, _CHUNK)), bytearray(min(length, _CHUNK))
+    while length:
+        size = min(length, _CHUNK)
+        if size < len(first):
+            first, second = bytearray(size), bytearray(size)
+        if _fill(one, first) != size or _fill(other, second) != size or first != second:
+            return False
+        length -= size
+    return True
+
+
+def _fill(file: io.FileIO, buffer: bytearray) -> int:
+    view = memoryview(buffer)
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(view[done:])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _holds(path: Path, header: Header, name: str, tensor: Tensor) -> bool:

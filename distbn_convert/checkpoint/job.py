@@ -90,6 +90,8 @@ class Job:
         source = file_info(self.root, store.format)
         replacements = compute(store, found.chosen)
         output = None
+        if self.kind is Kind.TORCH_LEGACY and self.format is None:
+            self.notes.append("a file in torch's format before 1.6 becomes one in today's, a zip.")
         if not options.dry_run:
             output = self._write(store, replacements)
         if virtual_ranks is None:
@@ -216,7 +218,7 @@ def check_checksums(path: Path) -> int:
     """
     if sniff(path) is not Kind.TORCH_ZIP:
         return 0
-    from .torchfile import check_zip
+    from .checksums import check_zip
 
     return check_zip(path)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import RefusedError
 from .atomic import atomic_output
 from .compare import same_bits
+from .flush import flushing
 from .header import read_header
 from .places import StrPath
 from .safetensors import read_tensor, write
@@ -63,15 +64,17 @@ def write_flat(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
     ) as stream:
         write(stream, tensors, metadata, progress=options.progress)
-        stream.flush()
         if options.verify:
-            written = Path(stream.name)
-            header = read_header(written)
-            for name, tensor in tensors.items():
-                plain = tensor.detach()
-                if not same_bits(read_tensor(written, header, name), plain):
-                    raise read_back_error(dst, name)
+            with flushing(stream, options.fsync):
+                _read_back(Path(stream.name), tensors, dst)
         options.before_publish()
+
+
+def _read_back(written: Path, tensors: Mapping[str, Tensor], dst: Path) -> None:
+    header = read_header(written)
+    for name, tensor in tensors.items():
+        if not same_bits(read_tensor(written, header, name), tensor.detach()):
+            raise read_back_error(dst, name)
 
 
 def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:

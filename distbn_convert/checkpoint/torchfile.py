@@ -17,7 +17,7 @@ from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
 from .allowed import allowed_globals, is_ordinary
 from .opaque import opaque_pickle, scan_globals
 
-__all__ = ["TorchFile", "check_zip", "load_torch", "save_torch", "unknown_globals"]
+__all__ = ["TorchFile", "load_torch", "save_torch", "unknown_globals"]
 
 _LEGACY_PICKLES = 4  # magic number, protocol, system, and then the checkpoint
 _MAX_RATIO = 100  # weights hardly compress; more than this is a bomb, or all zeros
@@ -110,33 +110,6 @@ def save_torch(result: TorchFile, file: Any) -> None:
         if hidden is not None:
             raise hidden from error
         raise
-
-
-def check_zip(path: Path) -> int:
-    """Compare each member of a zip with its checksum.
-
-    Returns:
-        int: the number of members that have one; torch can be told to write none.
-
-    Raises:
-        ReadError: a member is damaged.
-    """
-    checked = 0
-    with _open_zip(path) as archive:
-        for info in archive.infolist():
-            if info.CRC == 0 and info.file_size:
-                continue
-            try:
-                with archive.open(info) as member:
-                    while member.read(1 << 24):
-                        pass
-            except Exception as error:
-                raise ReadError(
-                    f"{path} is damaged: the checksum of {info.filename} does not match; "
-                    "download or copy the file again."
-                ) from error
-            checked += 1
-    return checked
 
 
 def unknown_globals(path: Path) -> list[str]:

@@ -6,11 +6,14 @@ from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from .atomic import atomic_output
+from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
+from .flush import flushing
 from .groups import Group
 from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile, load_torch, save_torch
@@ -101,18 +104,29 @@ def write_tree(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
     ) as stream:
         save_torch(file, Counted(stream, options.progress, expected))
-        stream.flush()
         if options.verify:
-            written = load_torch(
-                Path(stream.name),
-                opaque=reading.opaque,
-                allow_globals=reading.allow_globals,
-                allow_compressed=True,
-            )
-            difference = first_difference(file.tree, written.tree)
-            if difference is not None:
-                raise read_back_error(dst, difference)
+            with flushing(stream, options.fsync):
+                _read_back(Path(stream.name), file, dst, reading)
         options.before_publish()
+
+
+def _read_back(written: Path, file: TorchFile, dst: Path, options: ReadOptions) -> None:
+    """Compare what was written with what was meant.
+
+    Every byte is compared with the checksum that torch took from memory; of large tensors, which
+    those bytes are, the two ends are compared as well, in case they changed places.
+    """
+    check_zip(written, dst)
+    again = load_torch(
+        written,
+        opaque=options.opaque,
+        allow_globals=options.allow_globals,
+        allow_compressed=True,
+    )
+    ends = torch.serialization.get_crc32_options()
+    difference = first_difference(file.tree, again.tree, ends=ends)
+    if difference is not None:
+        raise read_back_error(dst, difference)
 
 
 class Counted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from typing import Any
@@ -52,14 +53,15 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its status; errors of this package become one line."""
     args = sys.argv[1:] if args is None else args
     catch_signals()
+    told: dict[str, str] = {}  # what a command says about itself, for an error
     try:
-        cli.main(args, prog_name="distbn-convert", standalone_mode=False)
+        cli.main(args, prog_name="distbn-convert", standalone_mode=False, obj=told)
     except BaseException as error:
-        sys.exit(_end(error, args))
+        sys.exit(_end(error, args, told.get("path")))
     sys.exit(0)
 
 
-def _end(error: BaseException, args: list[str]) -> int:
+def _end(error: BaseException, args: list[str], path: str | None) -> int:
     """Tell about an error and return the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -70,7 +72,9 @@ def _end(error: BaseException, args: list[str]) -> int:
         return 1
     code, status, message = _describe(error)
     if "--json" in args:
-        echo_json({"schema": 1, "error": {"code": code, "message": message, "exit_code": status}})
+        hint = re.split(r"[;.] ", message)[-1] if re.search(r"[;.] ", message) else None
+        document = {"code": code, "message": message, "hint": hint, "path": path}
+        echo_json({"schema": 1, "error": {**document, "exit_code": status}})
     elif isinstance(error, click.UsageError):
         error.show()
     else:

@@ -35,7 +35,7 @@ def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> No
     \b
     Example:
         $ distbn-convert convert plain.pth virtual.pth --vt-world-size 8
-        converted 20 BatchNorms to 8 virtual ranks: plain.pth -> virtual.pth (torch, 47.4 MB)
+        converted 20 BatchNorms to 8 virtual ranks: plain.pth -> virtual.pth (torch, 47.1 MB)
     """
     from ..checkpoint import convert_checkpoint
 
@@ -97,7 +97,7 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
     from ..checkpoint import inspect_checkpoint
     from .render import table
 
-    talk = _Talk(options)
+    talk = _Talk(options, src)
     with input_path(src) as path:
         report = inspect_checkpoint(path, **options)
     if plot is not None:
@@ -169,7 +169,7 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
     """
     from ..checkpoint import verify_checkpoint
 
-    talk = _Talk(options)
+    talk = _Talk(options, src)
     report = verify_checkpoint(src, against, tolerance, **options)
     talk.warn(report.warnings)
     if talk.json:
@@ -186,9 +186,13 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
 
 
 class _Talk:
-    """What the user wants to hear; takes its options out of those of the library."""
+    """What the user wants to hear; takes its options out of those of the library.
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    Errors under ``--json`` name the input, so that is noted here.
+    """
+
+    def __init__(self, options: dict[str, Any], src: str) -> None:
+        click.get_current_context().obj["path"] = src
         self.json: bool = options.pop("as_json")
         self.quiet: bool = options.pop("quiet")
         self.verbose: bool = options.pop("verbose")
@@ -210,7 +214,7 @@ def _write(
     """Run a command that writes, with its streams, progress and report."""
     from .render import summary, table
 
-    talk = _Talk(options)
+    talk = _Talk(options, src)
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
     if options["in_place"] and dst is not None and not os.path.exists(dst):

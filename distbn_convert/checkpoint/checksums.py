@@ -1,0 +1,82 @@
+"""The checksums in a zip, compared with its bytes; torch writes them and never looks at them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import ReadError
+from .places import StrPath, access_error
+
+__all__ = ["check_zip"]
+
+_CHUNK = 1 << 20  # bytes; stays in the processor's cache
+_LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, two lengths at its end
+
+
+def check_zip(path: StrPath, called: StrPath | None = None) -> int:
+    """Compare each member of a zip with its checksum, on all processors.
+
+    Args:
+        path: **path** of the zip.
+        called: **path**, its name in messages. Default: None, ``path``
+
+    Returns:
+        int: the number of members that have a checksum; torch can be told to write none.
+
+    Raises:
+        ReadError: a member is damaged.
+        FileAccessError: the system cannot read it.
+    """
+    called = path if called is None else called
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            sound = threads.map(lambda info: _is_sound(Path(path), info), infos)
+            damaged = [info for info, is_sound in zip(infos, sound, strict=True) if not is_sound]
+    except OSError as error:
+        raise access_error(f"cannot read {called}", error) from error
+    except zipfile.BadZipFile as error:
+        raise ReadError(f"{called} is damaged: its zip directory is broken.") from error
+    if damaged:
+        raise ReadError(
+            f"{called} is damaged: the checksum of {damaged[0].filename} does not match; "
+            "download or copy the file again."
+        )
+    return len(infos)
+
+
+def _is_sound(path: Path, info: zipfile.ZipInfo) -> bool:
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _is_sound_compressed(path, info)
+    buffer = memoryview(bytearray(min(_CHUNK, info.file_size)))
+    checksum, left = 0, info.file_size
+    with open(path, "rb", buffering=0) as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL.size)
+        if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
+            return False
+        _, name, extra = _LOCAL.unpack(header)
+        file.seek(info.header_offset + _LOCAL.size + name + extra)
+        while left:
+            count = file.readinto(buffer[: min(left, _CHUNK)])
+            if not count:
+                return False
+            checksum = zlib.crc32(buffer[:count], checksum)
+            left -= count
+    return checksum == info.CRC
+
+
+def _is_sound_compressed(path: Path, info: zipfile.ZipInfo) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+            while member.read(_CHUNK):
+                pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return False
+    return True
