@@ -62,8 +62,7 @@ def load() -> bool:
 @functools.cache
 def _load() -> bool:
     try:
-        library = _build()
-        torch.ops.load_library(library)
+        torch.ops.load_library(_build())
         _pass_autograd_by()
     except _UnavailableError as error:
         logger.info("the CPU kernel is not used, plain torch is: %s", error)
@@ -104,10 +103,10 @@ def _build() -> Path:
         raise _UnavailableError(f"there is no C++ compiler {shlex.join(compiler)!r}; set CXX")
     command = [found, *compiler[1:], *_flags()]
     library = _cache() / f"batch_norm-{_key(command)}.so"
-    if not library.exists():
+    if not _is_whole(library):
         library.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(library.with_suffix(".lock")):
-            if not library.exists():
+            if not _is_whole(library):
                 _compile(command, library)
     return library
 
@@ -151,7 +150,18 @@ def _compile(command: list[str], library: Path) -> None:
             timeout=_TIMEOUT,
             stdin=subprocess.DEVNULL,
         )
+        with output.open("ab") as file:
+            file.write(hashlib.sha256(output.read_bytes()).digest())
         os.replace(output, library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library ends in the digest of the rest; loading a damaged one kills."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distbn_convert import kernels
+from distbn_convert.kernels import cpu, reference
+from distbn_convert.kernels.cpu import build
+
+CHILD = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s", level=logging.INFO)
+from distbn_convert.functional import dist_batch_norm
+from distbn_convert.kernels import cpu, reference, select_backend
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(9, 19, 6, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y = dist_batch_norm(x, vt_world_size=4)
+        (dx,) = torch.autograd.grad(y, x, y.detach().sin())
+        wide = x.detach().double()
+        truth, mean, rstd = reference.forward(wide, *(None,) * 5, 0.1, 1e-5, 4, False)
+        slope, _, _ = reference.backward(y.double().sin(), wide, None, mean, rstd, 4, False)
+        eps = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), truth, rtol=eps, atol=eps)
+        torch.testing.assert_close(dx.double(), slope, rtol=eps, atol=eps)
+print(select_backend(x).__name__)
+"""
+
+FORKS = f"""
+import os, torch, sys
+from distbn_convert.functional import dist_batch_norm
+children = []
+for _ in range(8):
+    pid = os.fork()
+    if not pid:
+        exec({CHILD!r})
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(pid)
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 8
+"""
+
+needs_compiler = pytest.mark.skipif(
+    not cpu.load(), reason="the CPU kernel cannot be built here; its log line says why"
+)
+
+
+def script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def start(cache: Path, code: str = CHILD, **variables: str) -> subprocess.Popen[str]:
+    """A process that normalises, with a cache of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(cache), "OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output.split()
+
+
+@pytest.fixture
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+
+
+def expect_line(caplog: pytest.LogCaptureFixture, level: str, text: str) -> None:
+    caplog.set_level(logging.INFO)
+    assert build._load.__wrapped__() is False
+    assert [record.levelname for record in caplog.records] == [level]
+    assert text in caplog.text
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_switched_off_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DISTBN_CPU_KERNEL", "OFF")
+    expect_line(caplog, "INFO", "DISTBN_CPU_KERNEL=off")
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_no_compiler_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    expect_line(caplog, "INFO", "no C++ compiler 'no-such-compiler -v'")
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("header", [None, "inline Tensor empty_like();"])
+def test_torch_without_what_the_kernel_needs_is_said_in_one_line(
+    header: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(build, "_TORCH", tmp_path)
+    if header:
+        (tmp_path / "include/torch/csrc/stable").mkdir(parents=True)
+        (tmp_path / "include/torch/csrc/stable/ops.h").write_text(header)
+    expect_line(caplog, "INFO", "no stable ABI")
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("fate", ["exit 1", "kill -9 $$"])
+def test_failing_compiler_warns_once_and_leaves_nothing(
+    fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = f'for last; do :; done; echo half > "$last"; echo the reason >&2; {fate}'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "broken", body)))
+    expect_line(caplog, "WARNING", "the reason")
+    assert [path.suffix for path in (tmp_path / "cache/distbn_convert").iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_cache_that_cannot_be_written_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    monkeypatch.setenv("CXX", sys.executable)
+    expect_line(caplog, "WARNING", "cache")
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_compiler_that_never_ends_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_TIMEOUT", 0.2)
+    monkeypatch.setenv("CXX", str(script(tmp_path / "slow", "exec sleep 60")))
+    expect_line(caplog, "WARNING", "timed out")
+
+
+def test_without_the_kernel_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "load", lambda: False)
+    assert kernels.select_backend(torch.randn(4, 3)) is reference
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_fresh")
+def test_machines_of_different_capability_have_different_libraries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths = set()
+    monkeypatch.setattr(build, "_compile", lambda command, library: paths.add(library))
+    for capability in ("DEFAULT", "AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        build._build()
+    assert len(paths) == 3
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="is tested as it is"
+)
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_plainer_instructions_give_the_same_results(capability: str, tmp_path: Path) -> None:
+    words = finish(start(tmp_path, ATEN_CPU_CAPABILITY=capability))
+    assert words == ["distbn_convert.kernels.cpu"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_eight_processes_at_once_compile_once_and_all_use_the_kernel(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    counting = script(tmp_path / "counting", f'echo run >> {log}; exec {compiler} "$@"')
+    words = finish(start(tmp_path, FORKS, CXX=str(counting)))
+    assert words == ["distbn_convert.kernels.cpu"] * 8
+    assert log.read_text().split() == ["run"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_killed_build_and_damaged_library_do_not_matter_to_the_next_process(
+    tmp_path: Path,
+) -> None:
+    started = tmp_path / "started"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    body = f"""
+        if [ ! -e {started} ]; then
+            echo $$ > {started}.tmp; mv {started}.tmp {started}
+            exec sleep 300
+        fi
+        exec {compiler} "$@"
+    """
+    slow_once = script(tmp_path / "slow_once", body)
+    victim = start(tmp_path, CXX=str(slow_once))
+    while not started.exists():
+        assert victim.poll() is None
+        time.sleep(0.05)
+    victim.kill()
+    victim.communicate()
+    os.kill(int(started.read_text()), signal.SIGKILL)
+    cache = tmp_path / "distbn_convert"
+    assert list(cache.glob("*.lock"))
+    assert not list(cache.glob("*.so"))
+    assert finish(start(tmp_path, CXX=str(slow_once))) == ["distbn_convert.kernels.cpu"]
+
+    (library,) = cache.glob("*.so")
+    library.write_bytes(library.read_bytes()[:5000])
+    assert finish(start(tmp_path, CXX=str(slow_once))) == ["distbn_convert.kernels.cpu"]
