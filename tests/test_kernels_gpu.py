@@ -42,6 +42,24 @@ def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
 
 
+@needs_triton
+def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
+    command = [sys.executable, "-m", "tests.dispatched"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.split() == [
+        "loop_backward",
+        "loop_forward",
+        "merge_moments",
+        "resident_backward",
+        "resident_forward",
+        "split_backward",
+        "split_forward",
+        "split_gradients",
+        "split_moments",
+    ]
+
+
 def share(channels: int, positions: int, itemsize: int, last: bool, **changes: Any) -> Any:
     from distbn_convert.kernels.gpu.launch import Share
 

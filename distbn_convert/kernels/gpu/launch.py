@@ -80,10 +80,11 @@ class Share(NamedTuple):
 
     def constants(self, choice: Choice) -> dict[str, Any]:
         """What a kernel is compiled for."""
+        fast_axis = choice.channels if self.last else choice.rows
         return {
             "ROWS": choice.rows,
             "CHANNELS": choice.channels,
-            "VECTOR": self.vector(),
+            "VECTOR": min(self.vector(), fast_axis),
             "DIVISOR": self.positions if self.interleaved or not self.last else 0,
             "LAST": self.last,
             "INTERLEAVED": self.interleaved,
