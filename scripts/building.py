@@ -139,7 +139,7 @@ def make_ema(model: nn.Module, args: Args) -> AveragedModel | None:
 def wrap(model: nn.Module, args: Args) -> nn.Module:
     """Compile, then distribute; each process keeps the statistics of its own ranks."""
     if args.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model, backend=args.compile)  # type: ignore[assignment]
     if args.world_size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.13

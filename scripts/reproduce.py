@@ -6,6 +6,7 @@ the whole batch's are not: if batch statistics matter anywhere, then here.
 
 Needs pip install "distbn_convert[examples,plot]".
 
+\b
     python scripts/reproduce.py        # some minutes on two cores
 """
 

@@ -3,6 +3,7 @@
 Flags are named as in torchvision's references/classification/train.py where the two overlap;
 --batch-size is that of one GPU there and of one virtual GPU here.
 
+\b
     python scripts/train.py --epochs 4                                     # handwritten digits
     python scripts/train.py --data-path imagenet --model resnext50_32x4d --lr 0.1 --epochs 100 --amp
     torchrun --nproc-per-node 2 scripts/train.py --vt-world-size 4         # stands for 8 GPUs
@@ -181,7 +182,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--clip-grad-norm"], {"type": float}),
     (["--amp"], {"is_flag": True, "help": "float16 on GPUs, bfloat16 on CPUs."}),
     (["--channels-last"], {"is_flag": True}),
-    (["--compile"], {"is_flag": True}),
+    (["--compile"], {"is_flag": False, "flag_value": "inductor", "help": "Its backend: inductor."}),
     (["--model-ema"], {"is_flag": True}),
     (["--model-ema-steps"], {"default": 32}),
     (["--model-ema-decay"], {"default": 0.99998}),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from distbn_convert import models
@@ -84,6 +85,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(image_folder: Path, tmp_path:
     assert expected["model"]["bn1.running_mean"].shape == (4, 64)
     models.get_model("resnet18", 4, num_classes=2).load_state_dict(expected["model"])
 
+    revert = "import sys; from distbn_convert.cli import main; sys.argv[0] = 'x'; main()"
+    plain = tmp_path / "plain.pth"
+    run(sys.executable, "-c", revert, "revert", str(whole / "checkpoint.pth"), str(plain))
+    reverted = load(tmp_path, "plain.pth")
+    model = torchvision.models.resnet18(num_classes=2)
+    model.load_state_dict(reverted["model"])
+    assert reverted["model_ema"]["module.bn1.running_mean"].shape == (64,)
+
     tested = run(
         *(sys.executable, SCRIPT, *options, "--test-only"),
         *("--resume", str(whole / "checkpoint.pth")),
@@ -120,3 +129,13 @@ def test_torchrun_with_two_ranks_each_equals_one_process_with_four(tmp_path: Pat
         average = states["four"][name].mean(0)  # synchronised: every row is the average
         torch.testing.assert_close(states["two"][name], average.expand(2, -1))
     assert states["two"]["conv1.1.num_batches_tracked"].tolist() == [1, 1]
+
+
+def test_compiled_training_runs(image_folder: Path) -> None:
+    """With a backend that needs no minutes; inductor itself is tested with the layers."""
+    options = ["--data-path", str(image_folder), "--epochs", "1", "--vt-world-size", "2", "-b", "8"]
+    options += ["--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32"]
+    printed = run(
+        sys.executable, SCRIPT, *options, "--compile", "aot_eager", "--opt", "adamw", "--lr", "1e-3"
+    )
+    assert re.search(r"epoch 1: loss [0-9.]+, accuracy [0-9.]+ %", printed)
