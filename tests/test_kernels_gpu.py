@@ -247,6 +247,9 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
         dtype = torch.bfloat16
 
     monkeypatch.setattr(gpu, "_has_triton", lambda device: True)
+    monkeypatch.delenv(gpu.SWITCH, raising=False)
+    assert not gpu.supports(Input())  # until a real GPU has shown that they are right
+    monkeypatch.setenv(gpu.SWITCH, "on")
     assert gpu.supports(Input())
     Input.dtype = torch.float64
     assert not gpu.supports(Input())

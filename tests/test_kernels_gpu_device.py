@@ -37,6 +37,11 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu.SWITCH, "on")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Under deterministic algorithms torch fills what it allocates with NaN."""

@@ -42,9 +42,7 @@ def run_console(block: str, folder: Path) -> int:
     return len(commands)
 
 
-def test_blocks_print_what_the_readme_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_print_what_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}
     compared = commands = 0

@@ -4,6 +4,9 @@ A share is V times smaller than the batch, so that it fits in registers, or at l
 where the whole batch's does not. See :mod:`.rule` for which kernel runs and :mod:`.tiles` for
 what they share. Triton is imported at the first CUDA tensor.
 
+Off until they have been tested and measured on a real GPU: ``DISTBN_GPU_KERNEL=on`` in the
+environment switches them on, otherwise CUDA tensors are the reference's.
+
 ``float64`` and empty batches are :mod:`..reference`'s, as is everything on a GPU that Triton's
 kernels were not compiled for (compute capability below 8.0, or not NVIDIA's).
 """
@@ -11,6 +14,7 @@ kernels were not compiled for (compute capability below 8.0, or not NVIDIA's).
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
@@ -18,14 +22,18 @@ from torch import Tensor
 
 from .. import reference
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["SWITCH", "backward", "forward", "supports"]
+
+SWITCH = "DISTBN_GPU_KERNEL"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def supports(input: Tensor) -> bool:
     """Say whether this backend takes ``input``."""
-    return input.is_cuda and input.dtype in _DTYPES and _has_triton(input.device)
+    if not input.is_cuda or os.environ.get(SWITCH, "off").lower() != "on":
+        return False
+    return input.dtype in _DTYPES and _has_triton(input.device)
 
 
 @cache
