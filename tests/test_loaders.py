@@ -65,7 +65,12 @@ def test_two_micro_steps_of_two_ranks_equal_four_processes(
     assert_same(train_here(2, steps=2).state_dict(), four_processes)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+NEEDS_GPU = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs a GPU"
+)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=NEEDS_GPU)])
 def test_two_processes_with_two_ranks_each_equal_four_processes_and_one(
     four_processes: list[ddp.State], engine: str, tmp_path: Any
 ) -> None:
