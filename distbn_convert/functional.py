@@ -96,15 +96,19 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a dispatch mode, a tracer or a tensor subclass must see the operators.
+    """Whether a compiler, a mode, a transform, a tracer or a kind of tensor must see the operators.
 
     Where none does, the backend is called directly: the dispatcher and the way back into
     Python cost as much as a small layer.
     """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()  # first: the compiler cannot trace the others
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+        # A batch of gradients is a plain Tensor to Python, but has no memory of its own.
+        or any(tensor is not None and not torch._C._has_storage(tensor) for tensor in tensors)
     )
 
 
@@ -169,8 +173,8 @@ class _BatchNorm(torch.autograd.Function):
         return _push_forward(ctx, tangents)
 
 
-class _FunctorchBatchNorm(torch.autograd.Function):
-    """The same under ``torch.func``, which needs ``setup_context`` and a vmap rule."""
+class _TracedBatchNorm(torch.autograd.Function):
+    """The same with ``setup_context``, for ``torch.compile``, which takes no ``jvp``."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +190,10 @@ class _FunctorchBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, grad_outputs[0])
+
+
+class _FunctorchBatchNorm(_TracedBatchNorm):
+    """The same under ``torch.func``, with rules for forward mode and vmap."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
@@ -299,7 +307,9 @@ def dist_batch_norm(
         ranks = min(input.shape[0], vt_world_size) or vt_world_size
         (num_batches_tracked if ranks == vt_world_size else num_batches_tracked[:ranks]).add_(1)
     function: Any = _BatchNorm
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        function = _TracedBatchNorm
+    elif torch._C._are_functorch_transforms_active():
         function = _FunctorchBatchNorm
     result = function.apply(
         input,

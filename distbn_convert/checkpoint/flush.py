@@ -23,18 +23,21 @@ def flushing(file: IO[bytes], enabled: bool) -> Iterator[None]:
         yield
         return
     failure: list[OSError] = []
+    descriptor = os.dup(file.fileno())  # stays open until the thread ends
 
     def flush() -> None:
         try:
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         except OSError as error:
             failure.append(error)
 
     thread = threading.Thread(target=flush, name="fsync")
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
-        thread.join()
+        if thread.ident is not None:  # a signal can come before it started
+            thread.join()
+        os.close(descriptor)
     if failure:
         raise failure[0]

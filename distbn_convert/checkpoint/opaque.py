@@ -15,6 +15,8 @@ from typing import IO, Any, ClassVar
 
 import torch
 
+from .unpickler import BoundedUnpickler
+
 __all__ = ["InertGlobal", "InertObject", "known_global", "opaque_pickle", "scan_globals"]
 
 
@@ -167,7 +169,7 @@ def opaque_pickle() -> Any:
     """
     names = _Names()
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(BoundedUnpickler):
         def find_class(self, module: str, name: str) -> Any:
             known = known_global(module, name)
             return names[module, name] if known is None else known
@@ -199,7 +201,7 @@ def scan_globals(file: IO[bytes], pickles: int = 1) -> list[str]:
     """
     names = _Names()
 
-    class Scanner(pickle.Unpickler):
+    class Scanner(BoundedUnpickler):
         def find_class(self, module: str, name: str) -> Any:
             return names[module, name]
 

@@ -13,7 +13,7 @@ from .. import __version__
 from ..errors import CheckpointError, ConfigurationError, DistBNError
 from .checkpoints import convert, gather, inspect, revert, verify
 from .models import models
-from .streams import Terminated, catch_signals, echo_json
+from .streams import Terminated, catch_signals, echo_json, ignore_signals, stop_behind
 
 __all__ = ["main"]
 
@@ -56,9 +56,12 @@ def main(args: list[str] | None = None) -> None:
     told: dict[str, str] = {}  # what a command says about itself, for an error
     try:
         cli.main(args, prog_name="distbn-convert", standalone_mode=False, obj=told)
+        ignore_signals()
+        status = 0
     except BaseException as error:
-        sys.exit(_end(error, args, told.get("path")))
-    sys.exit(0)
+        ignore_signals()
+        status = _end(stop_behind(error), args, told.get("path"))
+    sys.exit(status)
 
 
 def _end(error: BaseException, args: list[str], path: str | None) -> int:
@@ -100,9 +103,9 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
             error.format_message(),
         )
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return "interrupted", 130, "interrupted; nothing was written."
+        return "interrupted", 130, "interrupted; the output is as it was, or complete."
     if isinstance(error, Terminated):
-        return "terminated", 143, "terminated; nothing was written."
+        return "terminated", 143, "terminated; the output is as it was, or complete."
     if isinstance(error, DistBNError):
         return "failed", 1, _one_line(error)
     if isinstance(error, MemoryError):

@@ -25,17 +25,53 @@ class Terminated(BaseException):
     """SIGTERM came; raised so that what was begun is cleaned up."""
 
 
+_stopped_by: list[BaseException] = []
+_ended: list[bool] = []  # set before the signals are ignored, which takes a moment
+
+
+def stop_behind(error: BaseException) -> BaseException:
+    """Return the signal that came, else the error: an import in C swallows one, then fails."""
+    return _stopped_by[-1] if _stopped_by else error
+
+
 def catch_signals() -> None:
     """Turn SIGINT and SIGTERM into exceptions, the first one alone: cleaning up must finish."""
 
-    def stop(number: int, _frame: Any) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    def stop(number: int, _frame: Any) -> None:
+        if _ended:
+            return
+        ignore_signals()
+        _stopped_by.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+        raise _stopped_by[-1]
 
+    _ended.clear()
+    _stopped_by.clear()
     with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+        sys.unraisablehook = _raise_later
+
+
+def _raise_later(lost: Any) -> None:
+    """Raise a signal again that came where Python cannot raise, such as in a weakref's callback."""
+    if not any(lost.exc_value is stop for stop in _stopped_by):
+        sys.__unraisablehook__(lost)
+        return
+
+    def again(_number: int, _frame: Any) -> NoReturn:
+        raise _stopped_by[-1]
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM from here: what is left to do must finish."""
+    _ended.append(True)
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def echo_json(document: Any) -> None:
