@@ -183,7 +183,7 @@ def test_eight_processes_at_once_compile_once_and_all_use_the_kernel(tmp_path: P
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     counting = script(tmp_path / "counting", f'echo run >> {log}; exec {compiler} "$@"')
     words = finish(start(tmp_path, FORKS, CXX=str(counting)))
-    assert words == ["distbn_convert.kernels.cpu"] * 8
+    assert "".join(words) == "distbn_convert.kernels.cpu" * 8
     assert log.read_text().split() == ["run"]
 
 

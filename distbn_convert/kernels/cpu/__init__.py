@@ -2,7 +2,7 @@
 
 Statistics are two-pass or shifted sums over chunks that depend on the shape alone, so the
 result has the same bits with any number of threads. The files: ``batch_norm.cpp`` (the
-operators), ``rows.h`` and ``columns.h`` (the two memory layouts), ``statistics.h``,
+operators), ``rows.h`` and ``columns.h`` with ``grid.h`` (the two memory layouts), ``statistics.h``,
 ``schedule.h``, ``simd.h``; :mod:`.build` compiles them.
 """
 

@@ -28,6 +28,7 @@ import torch
 __all__ = ["SWITCH", "load"]
 
 SWITCH = "DISTBN_CPU_KERNEL"
+_FLAGS = "DISTBN_CPU_FLAGS"  # for the compiler, behind all others
 _SOURCES = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 _TIMEOUT = 300  # seconds; the kernel compiles in four
@@ -101,7 +102,7 @@ def _build() -> Path:
     found = shutil.which(compiler[0]) if compiler else None
     if found is None:
         raise _UnavailableError(f"there is no C++ compiler {shlex.join(compiler)!r}; set CXX")
-    command = [found, *compiler[1:], *_flags()]
+    command = [found, *compiler[1:], *_flags(), *shlex.split(os.environ.get(_FLAGS, ""))]
     library = _cache() / f"batch_norm-{_key(command)}.so"
     if not _is_whole(library):
         library.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,187 @@
+// How columns.h sees an input: rows of columns, blocks of columns, runs of rows.
+#pragma once
+
+#include "schedule.h"
+#include "simd.h"
+
+namespace distbn {
+
+constexpr int64_t kColumnsChunk = 65536;
+constexpr int64_t kMinChunkRows = 256;
+constexpr int64_t kMaxColumns = 1024;
+constexpr int64_t kWide = 512;
+// A chunk's shift is the mean of this part of its rows.
+constexpr int64_t kHeadPart = 16;
+// Rows summed in float32 before the sums go to double.
+constexpr int64_t kFlushRows = 64;
+// Bytes of a group that stay in the second-level cache until they are read again.
+constexpr int64_t kCacheBytes = 512 * 1024;
+
+// Up to this many positions an input laid out as [N, C, S] is taken as rows of C * S columns.
+constexpr int64_t kFewPositions = 32;
+
+// Rows of `width` columns, cut into blocks. A channel has `fold` columns: if channels come last and
+// are few, several positions make a row; if positions come last, all of them do.
+// Wide rows are cut so that a group stays in the cache; others are read whole, which the
+// prefetcher likes better.
+struct Grid {
+  int64_t fold, width, block, blocks;
+  int64_t fold_step, channel_step;  // from a column of a channel to its next, and to the next channel
+
+  Grid(const Problem& p, int64_t bytes_per_value, bool channels_last) {
+    fold = !channels_last ? p.positions : p.channels < 16 ? folding(p) : 1;
+    fold_step = channels_last ? p.channels : 1;
+    channel_step = channels_last ? 1 : fold;
+    width = p.channels * fold;
+    const int64_t rows = std::max<int64_t>(1, ceil_div(p.samples, p.ranks) * p.positions / fold);
+    const int64_t fitting = kCacheBytes / (rows * bytes_per_value) / 64 * 64;
+    block = width;
+    if (width >= kWide && fitting >= 64) block = std::min(block, fitting);
+    block = std::min(block, kMaxColumns);
+    if (!channels_last) block = std::max(block / fold * fold, fold);
+    if (channels_last && fold > 1) block = width;
+    blocks = ceil_div(width, block);
+  }
+
+ private:
+  // The smallest divisor of the positions that makes rows of 32 columns or more.
+  static int64_t folding(const Problem& p) {
+    for (int64_t fold = 1; fold <= p.positions && fold * p.channels <= kMaxColumns; ++fold) {
+      if (p.positions % fold == 0 && fold * p.channels >= 32) return fold;
+    }
+    return 1;
+  }
+};
+
+template <class T>
+struct ColumnsBase {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int64_t L = kLanes<A>;
+
+  Problem problem;
+  Grid grid;
+  int64_t padded, groups, max_chunks, partial_size, coefficient_size, work_size;
+
+  ColumnsBase(const Problem& p, int64_t tensors, int64_t coefficients, bool channels_last)
+      : problem(p),
+        grid(p, tensors * int64_t(sizeof(T)), channels_last),
+        padded(ceil_div(grid.block, L) * L),
+        groups(p.ranks * grid.blocks),
+        max_chunks(group(0).chunks.count()),
+        partial_size(2 * padded),
+        coefficient_size(coefficients * padded),
+        work_size(6 * padded) {}
+
+  // Columns of one rank: runs of `length` rows that are row_stride apart.
+  struct Group {
+    int64_t rank, first_column, columns, offset, run_stride, row_stride;
+    Chunks chunks;
+  };
+
+  Group group(int64_t index) const {
+    const int64_t rank = index / grid.blocks, column = index % grid.blocks * grid.block;
+    const Share share(problem, rank);
+    const int64_t sample = problem.channels * problem.positions;
+    const int64_t rows = problem.positions / grid.fold, step = share.step * sample;
+    const bool even = share.step == 1 || rows == 1;  // all rows equally far apart: one run
+    return {rank, column, std::min(grid.block, grid.width - column),
+            share.first * sample + column, step, rows == 1 ? step : grid.width,
+            Chunks(even ? 1 : share.count,
+                   Cut(even ? share.count * rows : rows,
+                       std::max(kMinChunkRows, kColumnsChunk / grid.block)))};
+  }
+
+  int64_t channels(const Group& g) const { return g.columns / grid.fold; }
+  int64_t first_channel(const Group& g) const { return g.first_column / grid.fold; }
+
+  // Calls work(offset) with the first column of each fold; channels are grid.channel_step apart.
+  template <class Work>
+  void each_fold(const Work& work) const {
+    for (int64_t f = 0; f < grid.fold; ++f) work(f * grid.fold_step);
+  }
+
+  // Gives each column the value of its channel, in each of some rows.
+  template <class X, class Y>
+  void unfold(const Group& g, int64_t rows, const X* values, Y* columns) const {
+    const int64_t count = channels(g);
+    for (int64_t row = 0; row < rows; ++row, values += count, columns += padded) {
+      each_fold([&](int64_t fold) {
+        for (int64_t c = 0; c < count; ++c) columns[fold + c * grid.channel_step] = Y(values[c]);
+      });
+    }
+  }
+
+  // Calls rows(std::integral_constant<int, R>, offset) for R = 8 rows or 1, flush() between. Whole
+  // rows are taken one by one; of cut rows, which are far apart, eight at once keep memory busy, and
+  // of very short ones they keep the sums in registers.
+  template <class Rows, class Flush>
+  INLINE void each_rows(const Group& g, const Chunk& chunk, const Rows& rows,
+                        const Flush& flush) const {
+    const bool cut = grid.blocks > 1 || grid.block <= 32;
+    int64_t filled = 0;
+    for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
+      const int64_t start = g.offset + run * g.run_stride;
+      for (int64_t i = chunk.begin; i < chunk.end;) {
+        const int64_t step = cut && i + 8 <= chunk.end ? 8 : 1;
+        if (step == 8) {
+          rows(std::integral_constant<int, 8>(), start + i * g.row_stride);
+        } else {
+          rows(std::integral_constant<int, 1>(), start + i * g.row_stride);
+        }
+        i += step;
+        filled += step;
+        if (filled >= kFlushRows) {
+          flush();
+          filled = 0;
+        }
+      }
+    }
+    flush();
+  }
+
+  // Calls columns(i, load, store) for each vector of columns; the last one may be part of one.
+  template <class Columns>
+  static INLINE void each_vector(int64_t columns, const Columns& body) {
+    int64_t i = 0;
+    for (; i + L <= columns; i += L) {
+      body(
+          i, [](const T* p) INLINE_LAMBDA { return load(p); },
+          [](T* p, V v) INLINE_LAMBDA { store(p, v); });
+    }
+    if (const int64_t rest = columns - i) {
+      body(
+          i, [=](const T* p) INLINE_LAMBDA { return load(p, rest); },
+          [=](T* p, V v) INLINE_LAMBDA { store(p, v, rest); });
+    }
+  }
+};
+
+// Two sums per column, in float32 for some rows and then in double; in 4 * size doubles of scratch.
+template <class A>
+struct ColumnSums {
+  int64_t size;
+  double *total_a, *total_b;
+  A *a, *b;
+
+  ColumnSums(int64_t size, double* work)
+      : size(size),
+        total_a(work),
+        total_b(work + size),
+        a(reinterpret_cast<A*>(work + 2 * size)),
+        b(reinterpret_cast<A*>(work + 3 * size)) {
+    std::fill_n(work, 2 * size, 0.0);
+    std::fill_n(a, size, A(0));
+    std::fill_n(b, size, A(0));
+  }
+
+  void flush() {
+    for (int64_t i = 0; i < size; ++i) {
+      total_a[i] += double(a[i]);
+      total_b[i] += double(b[i]);
+      a[i] = b[i] = 0;
+    }
+  }
+};
+
+}  // namespace distbn
