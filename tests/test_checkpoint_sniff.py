@@ -130,7 +130,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
         (b"\x00" * 5000, ReadError, "starts with 00 00 00 00 00 00 00 00 (5.0 kB)"),
         (b"\x01", ReadError, "starts with 01 (1 bytes)"),
         (b"\xff" * 8 + b"{}", ReadError, "starts with ff ff"),
-        (gzip.compress(b"x"), RefusedError, "is compressed with gzip; decompress it first"),
+        (
+            gzip.compress(b"x", mtime=0),
+            RefusedError,
+            "is compressed with gzip; decompress it first",
+        ),
         (bz2.compress(b"x"), RefusedError, "is compressed with bzip2"),
         (lzma.compress(b"x"), RefusedError, "is compressed with xz"),
         (tar_bytes(), RefusedError, "is a tar archive; unpack it first"),
