@@ -142,13 +142,14 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 f"{found[name] * 1e3:10.3f}" if name in found else " " * 10 for name in names
             )
             print(f"  {'x'.join(map(str, shape)):40}{kind:16}{cells}")
-    print(f"\n{'ours / provider: geometric mean (worst)':58}" + title[58:])
+    others = [name for name in names if name != "ours"]
+    print(f"\n{'ours / provider: geometric mean (worst)':44}" + "".join(f"{n:>16}" for n in others))
     grouped: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for (*key, _), row in ratios(records, "ours").items():
         for name, value in row.items():
             grouped.setdefault(tuple(key), {}).setdefault(name, []).append(value)
     for (set_, layout, dtype, ranks, kind), columns in grouped.items():
-        cells = "".join(f"{summary(columns.get(name)):>14}" for name in names if name != "ours")
+        cells = "".join(f"{summary(columns.get(name)):>16}" for name in others)
         print(f"  {set_:13}{layout:14}{dtype:9}V={ranks:<3}{kind:9}{cells}")
 
 

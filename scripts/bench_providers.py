@@ -165,6 +165,8 @@ def check(case: Case) -> str | None:
     results = run(ours, case.dtype), run(loop, case.dtype), run(Loop(case), torch.float64)
     for name, mine, peer, truth in zip(names, *results, strict=True):
         error, allowed = ((value.double() - truth).abs().max() for value in (mine, peer))
-        if not error <= 2 * allowed + 4 * torch.finfo(mine.dtype).eps * truth.abs().max():
+        # A mean near zero is as exact as the values (of unit variance, times the momentum) allow.
+        scale = truth.abs().max().clamp(min=0.1)
+        if not error <= 2 * allowed + 4 * torch.finfo(mine.dtype).eps * scale:
             return f"{name} of {case} is off by {error:.2g}, torch's own by {allowed:.2g}"
     return None
