@@ -11,8 +11,10 @@ from .errors import ConfigurationError, InputError
 from .kernels.partition import PARTITIONS, share_sizes
 
 __all__ = [
+    "check_activation",
     "check_numbers",
     "check_partition",
+    "check_residual",
     "check_statistics",
     "check_tensors",
     "check_values",
@@ -43,6 +45,15 @@ def check_partition(partition: str) -> None:
         raise ConfigurationError(
             f"partition must be one of {', '.join(map(repr, PARTITIONS))}, but got {partition!r}; "
             "use 'interleaved' for batches in DistributedSampler's order, else 'contiguous'."
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ConfigurationError unless ``activation`` is one that can be fused."""
+    if activation is not None and activation != "relu":
+        raise ConfigurationError(
+            f"activation must be 'relu' or None, but got {activation!r}; "
+            "leave it None and apply the activation to the result."
         )
 
 
@@ -110,6 +121,19 @@ def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) ->
             raise InputError(
                 f"expected {name} on {input.device} like the input, but it is on {tensor.device}; "
                 "move one of them."
+            )
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    """Refuse a residual that is not like the input in shape, dtype and device."""
+    for what in ("shape", "dtype", "device"):
+        expected, given = getattr(input, what), getattr(residual, what)
+        if given != expected:
+            values = [tuple(value) if what == "shape" else value for value in (expected, given)]
+            remedy = "expand or reshape it" if what == "shape" else "convert it with residual.to()"
+            raise InputError(
+                f"expected a residual with the {what} of the input, {values[0]}, but got "
+                f"{values[1]}; {remedy}, or add it to the result yourself."
             )
 
 

@@ -13,28 +13,32 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_activation,
     check_numbers,
     check_partition,
+    check_residual,
     check_statistics,
     check_tensors,
     check_values,
     check_vt_world_size,
 )
 from .errors import ConfigurationError
-from .kernels import reference, select_backend
+from .kernels import keeps_output, reference, select_backend
 
 __all__ = ["dist_batch_norm"]
 
 _LIBRARY = torch.library.Library("distbn_convert", "DEF")
 _LIBRARY.define(
-    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, Tensor? num_batches_tracked, float? momentum, float eps,"
-    " int vt_world_size, bool interleaved) -> (Tensor, Tensor, Tensor)",
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? num_batches_tracked,"
+    " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean,"
-    " Tensor rstd, int vt_world_size, bool interleaved) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias,"
+    " Tensor? output, Tensor mean, Tensor rstd, int vt_world_size, bool interleaved, bool relu)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -45,7 +49,7 @@ def _batch_norm(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _batch_norm_backward(
     grad_output: Tensor, input: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return select_backend(input).backward(grad_output, input, *args)
 
 
@@ -57,6 +61,7 @@ def _batch_norm_fake(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -64,6 +69,7 @@ def _batch_norm_fake(
     eps: float,
     vt_world_size: int,
     interleaved: bool,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     moments = input.new_empty(
         (vt_world_size, input.shape[1]), dtype=reference.accumulate_dtype(input.dtype)
@@ -75,12 +81,18 @@ def _batch_norm_backward_fake(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     vt_world_size: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(input), mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masked = relu and output is not None
+    grad_residual = torch.empty_like(input) if masked else input.new_empty((0,))
+    sums = mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])
+    return torch.empty_like(input), *sums, grad_residual
 
 
 torch.library.register_fake("distbn_convert::batch_norm", _batch_norm_fake, lib=_LIBRARY)
@@ -92,7 +104,7 @@ _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -101,47 +113,80 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     Where none does, the backend is called directly: the dispatcher and the way back into
     Python cost as much as a small layer.
     """
-    return (
+    if (
         torch.compiler.is_compiling()  # first: the compiler cannot trace the others
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+    ):
+        return True
+    for tensor in tensors:  # a loop, as any() would take longer than all else here
         # A batch of gradients is a plain Tensor to Python, but has no memory of its own.
-        or any(tensor is not None and not torch._C._has_storage(tensor) for tensor in tensors)
-    )
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or not torch._C._has_storage(tensor)
+        ):
+            return True
+    return False
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
-    input, weight, bias, *_, eps, vt_world_size, interleaved = inputs
-    ctx.save_for_backward(input, weight, mean, rstd)
-    ctx.save_for_forward(input, weight, mean, rstd)
+# input, weight, bias, output, mean, rstd; what the backward does not need is None.
+_Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    input, weight, bias, residual, *_, eps, vt_world_size, interleaved, relu = inputs
+    saved: _Saved = input, weight, None, None, mean, rstd
+    if relu:
+        kept = output if keeps_output(input, residual, relu) else None
+        saved = input, weight, bias if kept is None else None, kept, mean, rstd
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.settings = eps, vt_world_size, interleaved
+    ctx.has_residual = residual is not None
+    ctx.settings = eps, vt_world_size, interleaved, relu
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mean, rstd = ctx.saved_tensors
-    eps, vt_world_size, interleaved = ctx.settings
-    partition = (vt_world_size, interleaved)
+    saved: _Saved = ctx.saved_tensors
+    input, weight = saved[:2]
+    eps, *settings = ctx.settings
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # create_graph=True: the saved moments are constants to autograd, so recompute them.
-        mean, var = reference.statistics(input.to(mean.dtype), *partition)
-        rstd = torch.rsqrt(var + eps)
-        grads = reference.gradients(grad_output, input, weight, mean, rstd, *partition)
-        grads = (grads[0].to(input.dtype), *grads[1:])
+        grads = _differentiable_gradients(grad_output, saved, eps, *settings)
     else:
         function = _BACKWARD if _is_watched(grad_output, input, weight) else _batch_norm_backward
-        grads = function(grad_output, input, weight, mean, rstd, *partition)
+        grads = function(grad_output, *saved, *settings)
     grad_weight = None if weight is None else grads[1].to(weight.dtype)
     grad_bias = None if ctx.bias_dtype is None else grads[2].to(ctx.bias_dtype)
-    return grads[0], grad_weight, grad_bias, *(None,) * 7
+    grad_residual = None
+    if ctx.has_residual:
+        grad_residual = grads[3] if settings[2] else grad_output
+    return grads[0], grad_weight, grad_bias, grad_residual, *(None,) * 8
+
+
+def _differentiable_gradients(
+    grad_output: Tensor,
+    saved: _Saved,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients for ``create_graph=True``: to autograd the saved moments are constants."""
+    input, weight, *_, mean, _ = saved
+    if relu:
+        grad_output = reference.mask(grad_output, *saved, interleaved)
+    mean, var = reference.statistics(input.to(mean.dtype), vt_world_size, interleaved)
+    grads = reference.gradients(
+        grad_output, input, weight, mean, torch.rsqrt(var + eps), vt_world_size, interleaved
+    )
+    return grads[0].to(input.dtype), *grads[1:], grad_output
 
 
 def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
     """Differentiate in forward mode; the Jacobian for the input is a symmetric matrix."""
-    input, weight, mean, rstd = ctx.saved_tensors
-    _, *partition = ctx.settings
+    saved: _Saved = ctx.saved_tensors
+    input, weight, *_, mean, rstd = saved
+    _, *partition, relu = ctx.settings
     channels = (-1,) + (1,) * (input.dim() - 2)
     result = torch.zeros_like(input, dtype=mean.dtype)
     if tangents[0] is not None:
@@ -151,7 +196,10 @@ def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
         result = result + normalized * tangents[1].to(mean.dtype).reshape(channels)
     if tangents[2] is not None:
         result = result + tangents[2].to(mean.dtype).reshape(channels)
-    return result.to(input.dtype)
+    if tangents[3] is not None:
+        result = result + tangents[3].to(mean.dtype)
+    result = result.to(input.dtype)
+    return reference.mask(result, *saved, partition[1]) if relu else result
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -159,9 +207,9 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        function = _FORWARD if _is_watched(*inputs[:6]) else _batch_norm
+        function = _FORWARD if _is_watched(*inputs[:7]) else _batch_norm
         output, mean, rstd = function(*inputs)
-        _save(ctx, inputs, mean, rstd)
+        _save(ctx, inputs, output, mean, rstd)
         return output
 
     @staticmethod
@@ -185,7 +233,7 @@ class _TracedBatchNorm(torch.autograd.Function):
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, *output[1:])
+        _save(ctx, inputs, *output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,7 +251,7 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-        shared_rows = inputs[3] is not None and in_dims[3] is None
+        shared_rows = inputs[4] is not None and in_dims[4] is None
         if shared_rows and in_dims[0] is not None:
             raise ConfigurationError(
                 "vmap was given a batched input but running statistics that are not batched and "
@@ -217,7 +265,7 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
                 for value, dim in zip(inputs, in_dims, strict=True)
             ]
             if shared_rows and index:  # one batch updates the rows once
-                arguments[3:5] = None, None
+                arguments[4:6] = None, None
             results.append(_FunctorchBatchNorm.apply(*arguments))
         output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
         return (output, mean, rstd), (0, 0, 0)
@@ -235,12 +283,15 @@ def dist_batch_norm(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     partition: str = "contiguous",
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Normalise each virtual rank's share of a batch with that share's own statistics.
 
     .. math::
 
-        y = \frac{x - \mu_v}{\sqrt{\sigma_v^2 + \epsilon}} \gamma + \beta
+        y = \mathrm{activation}\left(
+            \frac{x - \mu_v}{\sqrt{\sigma_v^2 + \epsilon}} \gamma + \beta + \mathrm{residual}\right)
 
     where :math:`\mu_v` and the biased :math:`\sigma_v^2` are those of the samples of rank
     :math:`v` alone: nothing is synchronised between the ranks. This is the training
@@ -262,17 +313,21 @@ def dist_batch_norm(
         partition: ``"contiguous"`` (rank v takes block v of the batch) or ``"interleaved"``
             (sample p belongs to rank p mod V). Shares differ by at most one sample.
             Default: ``"contiguous"``
+        activation: ``"relu"``, taken last, or None. One pass over memory with the normalisation
+            where the backend can, forward and backward. Default: None
+        residual: ``Tensor[N, C, *]``, added before the activation; shape, dtype and device of
+            ``input`` (autocast casts neither, as with torch's batch norm). Default: None
 
     Returns:
         ``Tensor[N, C, *]`` with the dtype and memory format of ``input``. Statistics are
         computed in float32, for float64 input in float64.
 
     Raises:
-        ConfigurationError: ``vt_world_size``, ``momentum``, ``eps`` or ``partition`` is not
-            allowed.
+        ConfigurationError: ``vt_world_size``, ``momentum``, ``eps``, ``partition`` or
+            ``activation`` is not allowed.
         InputError: a shape, dtype or device is wrong (weight, bias and statistics have the dtype
-            of the input, or float32 for a float16 or bfloat16 input), or a rank has a single
-            value per channel.
+            of the input, or float32 for a float16 or bfloat16 input; residual is like the input),
+            or a rank has a single value per channel.
 
     Note:
         A rank with no samples (N < V) keeps its statistics and its counter. An empty batch
@@ -291,6 +346,7 @@ def dist_batch_norm(
     """
     check_vt_world_size(vt_world_size)
     check_partition(partition)
+    check_activation(activation)
     check_numbers(momentum, eps)
     check_statistics(momentum, running_mean, running_var, num_batches_tracked)
     check_tensors(
@@ -302,6 +358,8 @@ def dist_batch_norm(
         weight=weight,
         bias=bias,
     )
+    if residual is not None:
+        check_residual(residual, input)
     check_values(input, vt_world_size)
     if num_batches_tracked is not None:
         ranks = min(input.shape[0], vt_world_size) or vt_world_size
@@ -315,6 +373,7 @@ def dist_batch_norm(
         input,
         weight,
         bias,
+        residual,
         running_mean,
         running_var,
         num_batches_tracked,
@@ -322,5 +381,6 @@ def dist_batch_norm(
         eps,
         vt_world_size,
         partition == "interleaved",
+        activation is not None,
     )
     return result if isinstance(result, Tensor) else result[0]

@@ -28,6 +28,8 @@ class Case:
     shift: float = 2.0
     wide: bool = False
     memory: str = "dense"
+    residual: bool = False
+    relu: bool = False
 
 
 CASES = [
@@ -42,6 +44,13 @@ CASES = [
     Case((6, 2, 33), vt_world_size=2, shift=1000.0),
     Case((6, 2, 33), vt_world_size=2, shift=1000.0, channels_last=True),
     Case((4, 1, 5), vt_world_size=1, memory="strided"),
+    Case((9, 2, 5), relu=True),
+    Case((9, 2, 8), interleaved=True, dtype=torch.float16, affine="weight", relu=True),
+    Case((9, 4, 2, 3), channels_last=True, dtype=torch.bfloat16, affine="bias", relu=True),
+    Case((9, 2, 5), dtype=torch.bfloat16, residual=True),
+    Case((3, 4, 2, 3), channels_last=True, residual=True, relu=True),
+    Case((9, 2, 8), interleaved=True, dtype=torch.float16, residual=True, relu=True),
+    Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
 ]
 Tensors = dict[str, Any]
 
@@ -51,14 +60,15 @@ def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) 
     ranks, channels = case.vt_world_size, case.shape[1]
     x = (torch.randn(case.shape, dtype=torch.float64) + case.shift).to(case.dtype)
     dy = torch.randn(case.shape, dtype=torch.float64).to(case.dtype)
+    residual = torch.randn(case.shape, dtype=torch.float64).to(case.dtype)
     if case.channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
+        x, dy, residual = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy, residual))
     rows = torch.randn(ranks, channels), torch.rand(ranks, channels)
     mean, var = (None if case.running is None else row.to(case.running) for row in rows)
     tensors = {
         "x": x,
         "dy": dy,
+        "residual": residual if case.residual else None,
         "weight": torch.rand(channels) + 0.5 if "weight" in case.affine else None,
         "bias": torch.randn(channels) if "bias" in case.affine else None,
         "mean": mean,
@@ -69,23 +79,34 @@ def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) 
     if case.memory == "strided":
         placed["x"] = torch.stack([placed["x"], placed["x"]], -1)[..., 0]
         placed["dy"] = placed["dy"][:1].expand(case.shape)
+        if case.residual:
+            placed["residual"] = placed["residual"][:1].expand(case.shape)
         placed["mean"] = torch.stack([placed["mean"], placed["mean"]], -1)[..., 0]
     return placed
 
 
-def compute(backend: Any, case: Case, tensors: Tensors) -> dict[str, Tensor]:
-    """Everything that a backend returns and writes, by name."""
+def compute(
+    backend: Any, case: Case, tensors: Tensors, active: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Everything that a backend returns and writes, by name.
+
+    ``active`` is an output to take the ReLU's gradient from, where that of the backend itself
+    would be another: an error of rounding may have moved a value across zero.
+    """
+    x, weight, bias, residual = (tensors[name] for name in ("x", "weight", "bias", "residual"))
     rows = tensors["mean"], tensors["var"]
-    affine = tensors["weight"], tensors["bias"]
-    partition = case.vt_world_size, case.interleaved
+    partition = case.vt_world_size, case.interleaved, case.relu
     y, mean, rstd = backend.forward(
-        tensors["x"], *affine, *rows, tensors["counts"], case.momentum, 1e-5, *partition
+        x, weight, bias, residual, *rows, tensors["counts"], case.momentum, 1e-5, *partition
     )
-    dx, dw, db = backend.backward(
-        tensors["dy"], tensors["x"], tensors["weight"], mean, rstd, *partition
-    )
-    names = "y", "batch mean", "rstd", "dx", "dweight", "dbias", "running mean", "running var"
-    results = zip(names, (y, mean, rstd, dx, dw, db, *rows), strict=True)
+    kept = None
+    if case.relu and (case.residual or active is not None):
+        kept = y if active is None else active.to(y.dtype)
+    dx, dw, db, dz = backend.backward(tensors["dy"], x, weight, bias, kept, mean, rstd, *partition)
+    dz = dz if case.relu and case.residual else None
+    names = "y", "batch mean", "rstd", "dx", "dweight", "dbias", "dresidual"
+    names += "running mean", "running var"
+    results = zip(names, (y, mean, rstd, dx, dw, db, dz, *rows), strict=True)
     return {name: result for name, result in results if result is not None}
 
 
@@ -104,10 +125,12 @@ def widened(tensors: Tensors) -> Tensors:
 
 def check(case: Case, tensors: Tensors) -> None:
     """Compare with the definition: the error is at most twice its own in the case's dtype."""
-    exact = compute(reference, case, widened(tensors))
-    peers = compute(reference, case, cloned(tensors))
     versions = [tensors[name]._version for name in ("mean", "var") if case.running]
+    twins = cloned(tensors), widened(tensors)
     ours = compute(gpu, case, tensors)
+    active = ours["y"] if case.relu else None
+    peers = compute(reference, case, twins[0], active)
+    exact = compute(reference, case, twins[1], active)
     for name, result in ours.items():
         truth, peer = exact[name], peers[name]
         assert result.dtype == peer.dtype, f"{name}: {result.dtype}, not {peer.dtype}"

@@ -72,10 +72,12 @@ def assert_equal_to_reference(
         buffers = [cast(row).clone() for row in rows]
         x, w, b = cast(input), *map(cast, affine)
         output, mean, rstd = backend.forward(
-            x, w, b, *buffers, counts, momentum, 1e-3, ranks, interleaved
+            x, w, b, None, *buffers, counts, momentum, 1e-3, ranks, interleaved, False
         )
-        gradients = backend.backward(cast(upstream), x, w, mean, rstd, ranks, interleaved)
-        return [output, mean, rstd, *buffers, *gradients]
+        gradients = backend.backward(
+            cast(upstream), x, w, b, None, mean, rstd, ranks, interleaved, False
+        )
+        return [output, mean, rstd, *buffers, *gradients[:3]]
 
     assert cpu.supports(input)
     names = ["output", "mean", "rstd", "running_mean", "running_var", "dx", "dweight", "dbias"]
@@ -131,9 +133,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], lay
             torch.set_num_threads(count)
             for ranks in (1, 2, 3):
                 output, mean, rstd = cpu.forward(
-                    input, None, None, None, None, None, 0.1, 1e-5, ranks, False
+                    input, *(None,) * 6, 0.1, 1e-5, ranks, False, False
                 )
-                gradients = cpu.backward(upstream, input, None, mean, rstd, ranks, False)
+                gradients = cpu.backward(
+                    upstream, input, None, None, None, mean, rstd, ranks, False, False
+                )
                 results.append([output, mean, rstd, *gradients])
     finally:
         torch.set_num_threads(threads)
@@ -146,7 +150,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], lay
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_large_means_do_not_spoil_the_variance(scale: float, layout: str) -> None:
     input = lay_out((scale + torch.randn(8, 20, 60, 60)), layout)
-    _, mean, rstd = cpu.forward(input, None, None, None, None, None, 0.1, 1e-5, 2, False)
+    _, mean, rstd = cpu.forward(input, *(None,) * 6, 0.1, 1e-5, 2, False, False)
     ranks = input.double().reshape(2, 4, 20, -1).movedim(1, 2).flatten(2)
     var = 1 / rstd.double() ** 2 - 1e-5
     assert ((var - ranks.var(-1, correction=0)).abs() / var).max() < 1e-6
@@ -159,9 +163,7 @@ def test_steps_between_images_do_not_spoil_the_variance(layout: str) -> None:
     input = torch.randn(64, 20, 16, 16)
     input[1:] += 1000
     input[0] = 0
-    _, _, rstd = cpu.forward(
-        lay_out(input, layout), None, None, None, None, None, 0.1, 1e-5, 1, False
-    )
+    _, _, rstd = cpu.forward(lay_out(input, layout), *(None,) * 6, 0.1, 1e-5, 1, False, False)
     var = input.double().movedim(1, 0).flatten(1).var(-1, correction=0)
     assert ((1 / rstd[0].double() ** 2 - 1e-5 - var).abs() / var).max() < 1e-5
 
@@ -172,7 +174,9 @@ def test_a_bad_value_spoils_its_rank_and_channel_alone(layout: str, value: float
     input = torch.randn(8, 20, 9, 9)
     input[5, 3, 2, 2] = value
     rows = torch.zeros(4, 20), torch.ones(4, 20)
-    output, _, _ = cpu.forward(lay_out(input, layout), None, None, *rows, None, 0.1, 1e-5, 4, False)
+    output, _, _ = cpu.forward(
+        lay_out(input, layout), None, None, None, *rows, None, 0.1, 1e-5, 4, False, False
+    )
     spoilt = torch.zeros(4, 20, dtype=torch.bool)
     spoilt[2, 3] = True
     assert torch.equal(rows[1].isnan(), spoilt)
@@ -191,7 +195,7 @@ def test_half_types_are_converted_bit_for_bit_as_torch_does(
     edges = [0.0, float("inf"), -float("inf"), float("nan"), 65504, 65520, 6e-8, 3e-8, 1e-40]
     bias = torch.cat([bits.view(torch.float32), torch.randn(2**12), torch.tensor(edges)])
     zeros = bias.new_zeros((2, len(bias), *shape[2:]), dtype=dtype)
-    output, *_ = cpu.forward(zeros, None, bias, None, None, None, 0.1, 1e-5, 1, False)
+    output, *_ = cpu.forward(zeros, None, bias, *(None,) * 4, 0.1, 1e-5, 1, False, False)
     expected = bias.to(dtype).reshape(1, -1, *(1,) * len(shape[2:])).expand_as(output)
     nan = expected.isnan()
     assert torch.equal(output.isnan(), nan)
@@ -200,7 +204,7 @@ def test_half_types_are_converted_bit_for_bit_as_torch_does(
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[values.abs() < 1e38]
     input = values.reshape(1, -1, *(1,) * len(shape[2:])).expand(2, -1, *shape[2:])
-    _, mean, _ = cpu.forward(input, None, None, None, None, None, 0.1, 1e-5, 1, False)
+    _, mean, _ = cpu.forward(input, *(None,) * 6, 0.1, 1e-5, 1, False, False)
     assert torch.equal(mean[0], values.float())
 
 
@@ -219,9 +223,10 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(
     gradient, _ = fenced(upstream, float("nan"))
     rows = [fenced(torch.rand(2, shape[1]), 7.0) for _ in range(2)]
     output, mean, rstd = cpu.forward(
-        input, None, None, rows[0][0], rows[1][0], None, 0.1, 1e-5, 2, False
+        input, None, None, None, rows[0][0], rows[1][0], None, 0.1, 1e-5, 2, False, False
     )
-    results = [output, mean, rstd, *cpu.backward(gradient, input, None, mean, rstd, 2, False)]
+    gradients = cpu.backward(gradient, input, None, None, None, mean, rstd, 2, False, False)
+    results = [output, mean, rstd, *gradients]
     assert not any(result.isnan().any() for result in results)
     assert all((fence[:128] == 7).all() and (fence[-128:] == 7).all() for _, fence in rows)
 
@@ -232,15 +237,16 @@ def test_running_statistics_that_are_views_are_updated_in_place() -> None:
     expected = torch.zeros(4, 6), torch.ones(4, 6)
     for backend, (mean, var) in ((cpu, rows), (reference, expected)):
         version = mean._version
-        backend.forward(input, None, None, mean, var, None, 0.1, 1e-5, 4, False)
+        backend.forward(input, *(None,) * 3, mean, var, None, 0.1, 1e-5, 4, False, False)
         assert mean._version > version
     torch.testing.assert_close(rows, expected)
 
 
 def test_gradients_of_another_layout_or_broadcast() -> None:
     input, _ = make_case((8, 6, 5, 5), torch.float32, "channels_last")
-    _, mean, rstd = cpu.forward(input, None, None, None, None, None, 0.1, 1e-5, 4, False)
+    _, mean, rstd = cpu.forward(input, *(None,) * 6, 0.1, 1e-5, 4, False, False)
+    saved = input, None, None, None, mean, rstd
     for upstream in (torch.randn(8, 6, 5, 5), torch.randn(6, 1, 1).expand(8, 6, 5, 5)):
-        ours = cpu.backward(upstream, input, None, mean, rstd, 4, False)
-        expected = reference.backward(upstream, input, None, mean, rstd, 4, False)
+        ours = cpu.backward(upstream, *saved, 4, False, False)
+        expected = reference.backward(upstream, *saved, 4, False, False)
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)

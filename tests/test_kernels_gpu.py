@@ -260,12 +260,12 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_empty_batch_is_left_to_the_definition() -> None:
     x = torch.empty(0, 3, 4)
-    ours = gpu.forward(x, None, None, None, None, None, 0.1, 1e-5, 2, False)
-    theirs = reference.forward(x, None, None, None, None, None, 0.1, 1e-5, 2, False)
+    ours = gpu.forward(x, None, None, x, *(None,) * 3, 0.1, 1e-5, 2, False, True)
+    theirs = reference.forward(x, None, None, x, *(None,) * 3, 0.1, 1e-5, 2, False, True)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
-        gpu.backward(x, x, None, *ours[1:], 2, False),
-        reference.backward(x, x, None, *theirs[1:], 2, False),
+        gpu.backward(x, x, None, None, *ours, 2, False, True),
+        reference.backward(x, x, None, None, *theirs, 2, False, True),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cpu, gpu, reference
 
-__all__ = ["Backend", "select_backend"]
+__all__ = ["Backend", "keeps_output", "select_backend"]
 
 
 class Backend(Protocol):
@@ -26,6 +26,7 @@ class Backend(Protocol):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
@@ -33,20 +34,24 @@ class Backend(Protocol):
         eps: float,
         vt_world_size: int,
         interleaved: bool,
+        relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise and update the running statistics in place."""
+        """Normalise, add, activate; update the running statistics in place."""
 
     def backward(
         self,
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
+        bias: Tensor | None,
+        output: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
         vt_world_size: int,
         interleaved: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of input, weight and bias."""
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of input, weight, bias and residual."""
 
 
 _BACKENDS: tuple[Backend, ...] = (cpu, gpu, reference)
@@ -58,3 +63,12 @@ def select_backend(input: Tensor) -> Backend:
         if backend.supports(input):
             return backend
     raise AssertionError("the reference takes everything")
+
+
+def keeps_output(input: Tensor, residual: Tensor | None, relu: bool) -> bool:
+    """Say whether the backward is given the output to know where the ReLU was active.
+
+    On a GPU it costs a read, and without a residual the kernels can tell from the input, which
+    they read anyway. Elsewhere a pass that computes costs more than one that reads.
+    """
+    return relu and (residual is not None or not input.is_cuda)

@@ -8,6 +8,7 @@ For rank ``v`` with the samples ``B_v`` and ``m = |B_v| * S`` values per channel
     \\mu_v = \\frac1m \\sum_{B_v} x, \\quad
     \\sigma_v^2 = \\frac1m \\sum_{B_v} (x - \\mu_v)^2
 
+then, where asked for, the residual is added and the ReLU taken: ``relu(y + residual)``.
 Every other backend has these signatures and is tested against this file.
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "backward",
     "forward",
     "gradients",
+    "mask",
     "normalize",
     "statistics",
     "supports",
@@ -92,10 +94,29 @@ def normalize(input: Tensor, mean: Tensor, rstd: Tensor, interleaved: bool) -> T
     return (input - _spread(mean, input, interleaved)) * _spread(rstd, input, interleaved)
 
 
+def _affine(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Normalise ``x``, which has the accumulation dtype, then scale and shift it."""
+    scale = rstd if weight is None else rstd * weight.to(x.dtype)
+    shift = torch.zeros_like(scale[0]) if bias is None else bias.to(x.dtype)
+    return torch.addcmul(
+        shift.reshape((-1,) + (1,) * (x.dim() - 2)),
+        x - _spread(mean, x, interleaved),
+        _spread(scale, x, interleaved),
+    )
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -103,6 +124,7 @@ def forward(
     eps: float,
     vt_world_size: int,
     interleaved: bool,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each rank's share and update its row of the running statistics in place.
 
@@ -110,6 +132,7 @@ def forward(
         input: ``Tensor[N, C, *]``.
         weight: ``Tensor[C]`` or None.
         bias: ``Tensor[C]`` or None.
+        residual: ``Tensor[N, C, *]`` of the input's dtype, added to the result, or None.
         running_mean: ``Tensor[V, C]`` or None; written.
         running_var: ``Tensor[V, C]`` or None; written, with Bessel's correction.
         num_batches_tracked: ``int64 Tensor[V]``, read only if ``momentum`` is None.
@@ -117,6 +140,7 @@ def forward(
         eps: added to the variance.
         vt_world_size: number of virtual ranks ``V``.
         interleaved: the partition.
+        relu: whether a ReLU comes last.
 
     Returns:
         output (shape, dtype and strides of ``input``), the batch mean and the reciprocal
@@ -139,13 +163,11 @@ def forward(
         _average_into(running_mean, mean, factor, ranks)
         _average_into(running_var, var * (values / (values - 1).clamp_(min=1)), factor, ranks)
 
-    scale = rstd if weight is None else rstd * weight.to(dtype)
-    shift = torch.zeros_like(scale[0]) if bias is None else bias.to(dtype)
-    output = torch.addcmul(
-        shift.reshape((-1,) + (1,) * (x.dim() - 2)),
-        x - _spread(mean, x, interleaved),
-        _spread(scale, x, interleaved),
-    )
+    output = _affine(x, weight, bias, mean, rstd, interleaved)
+    if residual is not None:
+        output = output + residual.to(dtype)
+    if relu:
+        output = torch.relu(output)
     return _as(output, input), mean, rstd
 
 
@@ -153,30 +175,66 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     vt_world_size: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiate :func:`forward`.
 
     Args:
         grad_output: ``Tensor[N, C, *]``, gradient of the output.
         input: ``Tensor[N, C, *]``, as given to :func:`forward`.
         weight: ``Tensor[C]`` or None.
+        bias: ``Tensor[C]`` or None; read only by :func:`mask`.
+        output: ``Tensor[N, C, *]``, from :func:`forward`, or None; see :func:`mask`. Needed where
+            there were both a residual and a ReLU.
         mean: ``Tensor[V, C]``, from :func:`forward`.
         rstd: ``Tensor[V, C]``, from :func:`forward`.
         vt_world_size: number of virtual ranks ``V``.
         interleaved: the partition.
+        relu: whether a ReLU came last.
 
     Returns:
         gradients of input (shape, dtype and strides of ``input``), weight and bias
-        (``Tensor[C]`` in the accumulation dtype, summed over the ranks).
+        (``Tensor[C]`` in the accumulation dtype, summed over the ranks), and residual: the masked
+        ``grad_output``, with the strides of ``input``, if there was a ReLU and ``output`` is
+        given, else a tensor with no elements (without a ReLU it is ``grad_output`` itself).
     """
+    grad_residual = input.new_empty((0,))
+    if relu:
+        grad_output = mask(grad_output, input, weight, bias, output, mean, rstd, interleaved)
+        if output is not None:
+            grad_residual = _as(grad_output, input)
     grad_input, grad_weight, grad_bias = gradients(
         grad_output, input, weight, mean, rstd, vt_world_size, interleaved
     )
-    return _as(grad_input, input), grad_weight, grad_bias
+    return _as(grad_input, input), grad_weight, grad_bias, grad_residual
+
+
+def mask(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Take ``grad_output`` back through the ReLU: zero where the output was not above zero.
+
+    Differentiable in ``grad_output``. An ``output`` of None, which is allowed where there was no
+    residual, is computed again and rounded to the input's dtype as :func:`forward` rounds it.
+    """
+    with torch.no_grad():
+        if output is None:
+            affine = _affine(input.to(mean.dtype), weight, bias, mean, rstd, interleaved)
+            output = affine.to(input.dtype)
+    return torch.ops.aten.threshold_backward(grad_output, output.detach(), 0)  # type: ignore[no-any-return]
 
 
 def gradients(
@@ -188,7 +246,7 @@ def gradients(
     vt_world_size: int,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute :func:`backward` in the accumulation dtype, itself differentiable."""
+    """Compute :func:`backward` without a ReLU in the accumulation dtype; differentiable."""
     dy, x = grad_output.to(mean.dtype), input.to(mean.dtype)
     values = _share_counts(input, vt_world_size, mean.dtype) * input.shape[2:].numel()
     normalized = normalize(x, mean, rstd, interleaved)

@@ -35,6 +35,7 @@ def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -42,6 +43,7 @@ def forward(
     eps: float,
     vt_world_size: int,
     interleaved: bool,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`distbn_convert.kernels.reference.forward`."""
     x, channels_last = _arrange(input)
@@ -67,20 +69,32 @@ def forward(
     )
     if running_mean is not None and running_var is not None:
         increment_version((running_mean, running_var))
-    return _restore(output, x, input), mean, rstd
+    output = _restore(output, x, input)
+    if residual is not None:
+        output.add_(residual)
+    if relu:
+        output.relu_()
+    return output, mean, rstd
 
 
 def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     vt_world_size: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`distbn_convert.kernels.reference.backward`."""
     x, channels_last = _arrange(input)
+    if relu:
+        grad_output = reference.mask(
+            grad_output, input, weight, bias, output, mean, rstd, interleaved
+        )
     if grad_output.stride() != x.stride() or grad_output.dtype != x.dtype:
         grad_output = torch.empty_like(x).copy_(grad_output)
     grad_input = torch.empty_like(x)
@@ -98,7 +112,10 @@ def backward(
         interleaved,
         channels_last,
     )
-    return _restore(grad_input, x, input), grad_weight, grad_bias
+    grad_residual = input.new_empty((0,))
+    if relu and output is not None:
+        grad_residual = _restore(grad_output, x, input)
+    return _restore(grad_input, x, input), grad_weight, grad_bias, grad_residual
 
 
 def _arrange(input: Tensor) -> tuple[Tensor, bool]:

@@ -48,6 +48,7 @@ def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -55,6 +56,7 @@ def forward(
     eps: float,
     vt_world_size: int,
     interleaved: bool,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise and update the running statistics; see :func:`..reference.forward`."""
     if input.numel() == 0:
@@ -62,6 +64,7 @@ def forward(
             input,
             weight,
             bias,
+            residual,
             running_mean,
             running_var,
             num_batches_tracked,
@@ -69,6 +72,7 @@ def forward(
             eps,
             vt_world_size,
             interleaved,
+            relu,
         )
     from . import launch
 
@@ -90,29 +94,43 @@ def forward(
     if running is not None:
         _written(running_mean, running[0])
         _written(running_var, running[1])
-    return _like(y, input), mean, rstd
+    output = _like(y, input)
+    if residual is not None:
+        output.add_(residual)
+    if relu:
+        output.relu_()
+    return output, mean, rstd
 
 
 def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     vt_world_size: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiate :func:`forward`; see :func:`..reference.backward`."""
     partition = vt_world_size, interleaved
+    saved = weight, bias, output, mean, rstd
     if input.numel() == 0:
-        return reference.backward(grad_output, input, weight, mean, rstd, *partition)
+        return reference.backward(grad_output, input, *saved, *partition, relu)
     from . import launch
 
+    if relu:
+        grad_output = reference.mask(grad_output, input, *saved, interleaved)
     dx, sums = launch.backward(
         grad_output, input, _dense(weight), mean.contiguous(), rstd.contiguous(), *partition
     )
     grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
-    return _like(dx, input), grad_weight, grad_bias
+    grad_residual = input.new_empty((0,))
+    if relu and output is not None:
+        grad_residual = _like(grad_output, input)
+    return _like(dx, input), grad_weight, grad_bias, grad_residual
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
