@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_partition, check_vt_world_size
+from .checks import check_activation, check_partition, check_residual, check_vt_world_size
 from .errors import ConfigurationError, InputError, StateDictError
 from .functional import dist_batch_norm
 from .replicas import check_reduction, reduce_statistics, replicate
@@ -103,11 +103,34 @@ class DistBatchNormMixin(_BatchNorm):
         """Normalise ``Tensor[N, C, *]``; see :class:`DistBatchNorm2d`."""
         return self.normalize(input)
 
-    def normalize(self, input: Tensor) -> Tensor:
-        """Normalise by virtual ranks in training, by the reduced statistics in evaluation."""
+    def normalize(
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalise by virtual ranks in training, by the reduced statistics in evaluation.
+
+        Args:
+            input: ``Tensor[N, C, *]``.
+            activation: ``"relu"``, taken last, or None. Default: None
+            residual: ``Tensor[N, C, *]`` like the input, added before. Default: None
+
+        Returns:
+            ``Tensor[N, C, *]``; in training one operation computes it, see
+            :func:`~distbn_convert.functional.dist_batch_norm`.
+
+        Raises:
+            ConfigurationError, InputError: as :func:`~distbn_convert.functional.dist_batch_norm`.
+        """
         self._check_input_dim(input)
         if self.training:
-            return self._normalize_ranks(input)
+            return self._normalize_ranks(input, activation, residual)
+        check_activation(activation)
+        output = self._evaluate(input)
+        if residual is not None:
+            check_residual(residual, input)
+            output = output + residual
+        return output if activation is None else output.relu()
+
+    def _evaluate(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None:
             mean, var = reduce_statistics(mean, var, self.eval_reduction, self.eval_rank)
@@ -116,12 +139,12 @@ class DistBatchNormMixin(_BatchNorm):
             input, mean, var, self.weight, self.bias, batch_statistics, 0.0, self.eps
         )
 
-    def _normalize_ranks(self, input: Tensor) -> Tensor:
+    def _normalize_ranks(self, input: Tensor, *epilogue: Any) -> Tensor:
         mean, var, counts = (getattr(self, name) for name in STATISTICS)
         if not self.track_running_stats or mean is None:
-            return self._dist_batch_norm(input, None, None, None)
+            return self._dist_batch_norm(input, None, None, None, *epilogue)
         if self.accumulation_steps == 1:
-            return self._dist_batch_norm(input, mean, var, counts)
+            return self._dist_batch_norm(input, mean, var, counts, *epilogue)
         if counts is None or counts.shape != (self.num_ranks,):
             raise ConfigurationError(
                 f"accumulation_steps={self.accumulation_steps} needs num_batches_tracked of shape "
@@ -133,24 +156,33 @@ class DistBatchNormMixin(_BatchNorm):
         block = counts[:: self.vt_world_size].argmin()
         rows = block * self.vt_world_size + torch.arange(self.vt_world_size, device=counts.device)
         parts = [statistic.index_select(0, rows) for statistic in (mean, var, counts)]
-        output = self._dist_batch_norm(input, *parts)
+        output = self._dist_batch_norm(input, *parts, *epilogue)
         for statistic, part in zip((mean, var, counts), parts, strict=True):
             statistic.index_copy_(0, rows, part)
         return output
 
-    def _dist_batch_norm(self, input: Tensor, *statistics: Tensor | None) -> Tensor:
-        mean, var, count = statistics
+    def _dist_batch_norm(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        counts: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> Tensor:
         return dist_batch_norm(
             input,
             mean,
             var,
             self.weight,
             self.bias,
-            count,
+            counts,
             vt_world_size=self.vt_world_size,
             momentum=self.momentum,
             eps=self.eps,
             partition=self.partition,
+            activation=activation,
+            residual=residual,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

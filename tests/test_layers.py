@@ -189,6 +189,33 @@ def test_accumulation_trains_the_next_rows_at_each_micro_step(momentum: float | 
     torch.testing.assert_close(layer.running_var, rows.running_var)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulation_steps": 2}, {"track_running_stats": False}]
+)
+@pytest.mark.parametrize(("added", "activation"), [(True, None), (False, "relu"), (True, "relu")])
+def test_normalize_adds_and_activates_as_the_operations_after_it_would(
+    added: bool, activation: str | None, settings: dict[str, Any], training: bool
+) -> None:
+    layer = DistBatchNorm2d(3, vt_world_size=4, **settings).train(training)
+    twin = copy.deepcopy(layer)
+    input, residual = torch.randn(2, 8, 3, 4, 4)
+    output = layer.normalize(input, activation, residual if added else None)
+    expected = twin(input) + residual if added else twin(input)
+    assert torch.equal(output, expected.relu() if activation else expected)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_normalize_refuses_what_cannot_follow_in_training_and_evaluation() -> None:
+    layer, input = DistBatchNorm2d(3, vt_world_size=2), torch.randn(4, 3, 2, 2)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="activation must be"):
+            layer.normalize(input, "gelu")
+        with pytest.raises(InputError, match="a residual with the shape"):
+            layer.normalize(input, residual=input[:2])
+        layer.eval()
+
+
 def test_repr_names_the_ranks_after_torchs_words() -> None:
     text = repr(DistBatchNorm2d(6, vt_world_size=4, eval_reduction="select", eval_rank=1))
     plain = repr(nn.BatchNorm2d(6))

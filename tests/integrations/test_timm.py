@@ -70,3 +70,85 @@ def test_timm_is_imported_only_if_the_user_has_imported_it() -> None:
         "assert type(d.convert_model(BatchNormAct2d(3), 2)).__name__ == 'DistBatchNormAct2d'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def is_fused(layer: nn.Module) -> bool:
+    """Whether the norm's own operation took the ReLU, and not one after it."""
+    output = layer(torch.randn(8, 3, 4, 4))
+    return type(output.grad_fn).__name__ == "_BatchNormBackward" and bool((output >= 0).all())
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu_in_the_norms_operation_gives_the_same_bits(
+    inplace: bool, dtype: torch.dtype, channels_last: bool
+) -> None:
+    fused = convert_model(BatchNormAct2d(3, inplace=inplace), 4)
+    apart = copy.deepcopy(fused)
+    apart.act.register_forward_hook(lambda *_: None)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.randn(9, 3, 4, 4).to(dtype).to(memory_format=layout)
+    upstream = torch.randn(9, 3, 4, 4).to(dtype)
+    results = []
+    for layer in (fused, apart):
+        leaf = input.clone().requires_grad_()
+        output = layer(leaf)
+        gradients = torch.autograd.grad(output, (leaf, *layer.parameters()), upstream)
+        results.append([output, *gradients, *layer.buffers()])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert torch.equal(fused.eval()(input.float()), apart.eval()(input.float()))
+    assert is_fused(fused.train())
+    assert not is_fused(apart.train())
+
+
+def test_activations_that_are_not_a_plain_relu_are_called() -> None:
+    class MyReLU(nn.ReLU):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) + 1
+
+    for layer in (
+        BatchNormAct2d(3, apply_act=False),
+        BatchNormAct2d(3, act_layer=nn.ReLU6),
+        BatchNormAct2d(3, act_layer=MyReLU),
+        BatchNormAct2d(3, drop_layer=Halve),
+    ):
+        assert not is_fused(convert_model(layer, 4))
+    replaced = convert_model(BatchNormAct2d(3), 4)
+    assert is_fused(replaced)
+    replaced.act.forward = torch.sigmoid
+    assert not is_fused(replaced)
+
+
+@pytest.mark.parametrize("name", ["act", "drop"])
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_hooks_on_activation_and_drop_still_fire(kind: str, name: str) -> None:
+    layer, calls = convert_model(BatchNormAct2d(3, inplace=False), 4), []
+    handle = getattr(getattr(layer, name), f"register_{kind}")(lambda *args: calls.append(args))
+    layer(torch.randn(8, 3, 4, 4)).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    assert is_fused(layer)
+
+
+def test_hooks_on_every_module_still_fire() -> None:
+    layer, seen = convert_model(BatchNormAct2d(3), 4), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module))
+    )
+    try:
+        layer(torch.randn(8, 3, 4, 4))
+    finally:
+        handle.remove()
+    assert seen == [nn.Identity, nn.ReLU, DistBatchNormAct2d]
+
+
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    layer = convert_model(BatchNormAct2d(3), 4)
+    twin, input = copy.deepcopy(layer), torch.randn(8, 3, 4, 4)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(input), twin(input))
+    assert torch.equal(layer.running_var, twin.running_var)
