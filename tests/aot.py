@@ -12,10 +12,26 @@ if TYPE_CHECKING:
     from distbn_convert.kernels.gpu.launch import Share
 
 DTYPES = {2: "bf16", 4: "fp32"}
-TENSORS = ("x", "y", "dx", "dy")
-ROWS = ("mean_out", "rstd_out", "mean_in", "rstd_in", "sum_dy_out", "sum_dy_x_out")
-VECTORS = (*ROWS, "weight", "bias", "running_mean", "running_var", "partials")
-VECTORS += ("sum_dy_in", "sum_dy_x_in")
+TENSORS = ("x", "y", "dx", "dy", "output", "residual", "grad_residual")
+ROWS = ("mean_in", "rstd_in", "sum_dy_out", "sum_dy_x_out", "sum_dy_in", "sum_dy_x_in")
+VECTORS = (*ROWS, "weight", "bias", "partials")
+# What is not given unless asked for; see EPILOGUES.
+ABSENT = ("output", "residual", "grad_residual")
+STATISTICS = {
+    "mean": "*fp32",
+    "rstd": "*fp32",
+    "running_mean": "*fp32",
+    "running_var": "*fp32",
+    "counts": None,
+    "momentum": "fp32",
+    "eps": "fp32",
+}
+# Whether there is a residual, and a ReLU.
+EPILOGUES = {
+    "none": (False, False),
+    "relu": (False, True),
+    "add+relu": (True, True),
+}
 # Channels and side of ResNet-50's 53 batch norms at 224 x 224, and how many there are of each.
 RESNET50 = {
     (64, 112): 1,
@@ -44,27 +60,40 @@ class Resources(NamedTuple):
 
 def kernels_of(kind: str, backward: bool) -> list[Any]:
     """The kernels of that kind that run over the whole input."""
-    from distbn_convert.kernels.gpu import loop, resident, split
+    from distbn_convert.kernels.gpu import loop, resident, split, ticketed
 
     if kind == "split":
         if backward:
             return [split.split_gradients, split.split_backward]
         return [split.split_moments, split.split_forward]
-    module = {"resident": resident, "loop": loop}[kind]
+    module = {"resident": resident, "loop": loop, "ticketed": ticketed}[kind]
     return [getattr(module, f"{kind}_{'backward' if backward else 'forward'}")]
 
 
-def configurations(share: Share, backward: bool) -> dict[Any, tuple[Any, dict[str, Any]]]:
-    """Kernel and constants of each launch, under a key that says what differs.
+def configurations(
+    share: Share, backward: bool, epilogue: str = "none"
+) -> dict[Any, tuple[Any, dict[str, Any], dict[str, str | None]]]:
+    """Kernel, constants and types of each launch, under a key that says what differs.
 
     A loop that divides by another S is the same code.
     """
-    choice = share.choose(backward)
-    constants = share.constants(choice)
-    ignored = "DIVISOR" if choice.kind != "resident" else ""
-    key = tuple(item for item in sorted(constants.items()) if item[0] != ignored)
+    from distbn_convert.kernels.gpu.tiles import Tile
+
+    residual, relu = EPILOGUES[epilogue]
+    given: dict[str, str | None] = {}
+    kind = f"*{DTYPES[share.itemsize]}"
+    if residual and not backward:
+        given = {"residual": kind}
+    if residual and backward and relu:
+        given, relu = {"output": kind, "grad_residual": kind}, False
+    choice = share.choose(backward, residual)
+    constants = share.constants(choice, relu)
+    tile = Tile(*(member.value for member in constants["TILE"]))
+    if choice.kind != "resident":
+        tile = tile._replace(DIVISOR=int(tile.DIVISOR > 0))
+    key = *tile, constants["num_warps"], constants.get("SPLITS"), *given
     kernels = kernels_of(choice.kind, backward)
-    return {(kernel.__name__, share.itemsize, key): (kernel, constants) for kernel in kernels}
+    return {(k.__name__, share.itemsize, key): (k, constants, given) for k in kernels}
 
 
 def compile_kernel(
@@ -75,15 +104,27 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from distbn_convert.kernels.gpu.tiles import Statistics, Tile
+
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = kind = type_of(name, itemsize, constants, types)
-        if kind == "constexpr":
-            values[name] = constants.get(name)
-        elif kind.startswith("*") or name == "channels":
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if name == "TILE":
+            signature[name] = Tile(*("constexpr",) * len(Tile._fields))
+            values |= {(index, place): value for place, value in enumerate(constants[name])}
+            continue
+        if name == "statistics":
+            members = {n: types.get(n, kind) or "constexpr" for n, kind in STATISTICS.items()}
+            signature[name] = Statistics(**members)
+            paths = {(index, place): kind for place, kind in enumerate(members.values())}
+        else:
+            signature[name] = kind = type_of(name, itemsize, constants, types) or "constexpr"
+            paths = {(index,): kind}
+        values |= {path: constants.get(name) for path, kind in paths.items() if kind == "constexpr"}
+        aligned = [path for path, kind in paths.items() if kind[0] == "*" or name == "channels"]
+        attributes |= {path: [["tt.divisibility", 16]] for path in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": True}
+    options = {n: constants[n] for n in ("num_warps", "maxnreg") if n in constants}
+    options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return measure(compiled, tool, capability == 90)
@@ -91,16 +132,16 @@ def compile_kernel(
 
 def type_of(
     name: str, itemsize: int, constants: dict[str, Any], types: dict[str, str | None]
-) -> str:
+) -> str | None:
     if name in types:
-        return types[name] or "constexpr"
-    if name in constants or name == "counts":
-        return "constexpr"
+        return types[name]
+    if name in constants or name in ABSENT:
+        return None
+    if name == "sync":
+        return "*i32"
     if name in TENSORS:
         return f"*{DTYPES[itemsize]}"
-    if name in VECTORS:
-        return "*fp32"
-    return "fp32" if name in ("momentum", "eps") else "i32"
+    return "*fp32" if name in VECTORS else "i32"
 
 
 def measure(compiled: Any, tool: Path, code: bool) -> Resources:

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from distbn_convert.kernels import gpu
 from distbn_convert.kernels.gpu import launch
 
-from .kernel_cases import CASES, compute, force, make
+from .kernel_cases import CASES, KINDS, compute, force, make
 
 
 class AbsentDevice:
@@ -40,9 +40,9 @@ def main() -> None:
         return run(self, *args, **kwargs | {"warmup": True})
 
     JITFunction.run = compile_only
-    for kind in ("resident", "loop", "split"):
+    for kind in KINDS:
         launch.select_kernel = force(kind)
-        for case in (CASES[1], CASES[5], CASES[10]):
+        for case in (CASES[1], CASES[5], CASES[10], *CASES[13:16]):
             compute(gpu, case, make(case))
     print(*sorted(set(compiled)))
 

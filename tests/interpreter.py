@@ -9,6 +9,7 @@ compared with the definition in float64.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import gpu, reference
 from distbn_convert.kernels.gpu import launch
 
-from .kernel_cases import CASES, Case, check, compute, force, make, widened
+from .kernel_cases import CASES, Case, check, cloned, compute, force, make, widened
 
 MARGIN = 37
 _buffers: list[tuple[Tensor, int]] = []
@@ -71,6 +72,23 @@ def check_kernel(kind: str) -> None:
         torch.manual_seed(0)
         check(case, make(case, guarded_copy))
         check_margins()
+    check_nan()
+
+
+def check_nan() -> None:
+    """A NaN passes a ReLU as it does in torch, in both directions."""
+    case = Case((6, 2, 5), vt_world_size=2, relu=True)
+    for residual in (False, True):
+        torch.manual_seed(0)
+        tensors = make(replace(case, residual=residual))
+        tensors["residual" if residual else "x"][1, 1, 3] = float("nan")
+        ours, theirs = (
+            compute(backend, replace(case, residual=residual), cloned(tensors))
+            for backend in (gpu, reference)
+        )
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert ours["y"].isnan().sum() == (1 if residual else 15)
+        assert not ours["dbias"].isnan().any()
 
 
 def check_operator() -> None:
@@ -79,20 +97,25 @@ def check_operator() -> None:
     kernels._BACKENDS = gpu, reference
     assert kernels.select_backend(torch.ones(1)) is gpu
     compiled = torch.compile(dist_batch_norm, backend="aot_eager", fullgraph=True)
-    for case in (Case(), CASES[5]):
+    for case in (Case(), CASES[5], CASES[15]):
         tensors = make(case)
-        x, weight, bias = (tensors[n].requires_grad_() for n in ("x", "weight", "bias"))
+        leaves = [tensors[n] for n in ("x", "weight", "bias", "residual") if tensors[n] is not None]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
         results = []
         for function in (dist_batch_norm, compiled):
             rows = tensors["mean"].clone(), tensors["var"].clone()
-            partition = "interleaved" if case.interleaved else "contiguous"
-            settings = {"vt_world_size": case.vt_world_size, "partition": partition}
-            y = function(x, *rows, weight, bias, momentum=case.momentum, **settings)
-            results.append((y, *rows, *torch.autograd.grad(y, (x, weight, bias), tensors["dy"])))
+            y = function(
+                tensors["x"], *rows, tensors["weight"], tensors["bias"],
+                momentum=case.momentum, vt_world_size=case.vt_world_size,
+                partition="interleaved" if case.interleaved else "contiguous",
+                activation="relu" if case.relu else None, residual=tensors["residual"],
+            )  # fmt: skip
+            results.append((y, *rows, *torch.autograd.grad(y, leaves, tensors["dy"])))
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
         wide = {n: None if t is None else t.detach() for n, t in widened(tensors).items()}
         exact = compute(reference, case, wide)
-        names = "y", "running mean", "running var", "dx", "dweight", "dbias"
+        names = ["y", "running mean", "running var", "dx", "dweight", "dbias"]
+        names += ["dresidual"] if case.residual else []
         for name, result in zip(names, results[0], strict=True):
             eps = torch.finfo(result.dtype).eps
             torch.testing.assert_close(result.double(), exact[name], rtol=4 * eps, atol=16 * eps)

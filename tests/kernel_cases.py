@@ -53,6 +53,7 @@ CASES = [
     Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
 ]
 Tensors = dict[str, Any]
+KINDS = ("resident", "loop", "split", "ticketed")
 
 
 def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
@@ -148,7 +149,9 @@ def check(case: Case, tensors: Tensors) -> None:
 def force(kind: str) -> Callable[..., Choice]:
     """A rule that always takes one kernel, with tiles so small that every loop turns."""
 
-    def choose(*, channels_last: bool, values: int, channels: int, **_: Any) -> Choice:
+    def choose(
+        *, channels_last: bool, values: int, channels: int, vt_world_size: int, **_: Any
+    ) -> Choice:
         width = 2 if channels_last and channels > 1 else 1
         rows = 1 << (values - 1).bit_length()
         if kind == "resident":
@@ -156,6 +159,7 @@ def force(kind: str) -> Callable[..., Choice]:
         rows = max(rows // 4, 8)
         if kind == "loop":
             return Choice(kind, rows, width, 1)
-        return Choice(kind, rows, width, 1, -(-values // rows), rows)
+        depth = min(2, -(-channels // width) * vt_world_size) if kind == "ticketed" else 0
+        return Choice(kind, rows, width, 1, -(-values // rows), rows, depth)
 
     return choose

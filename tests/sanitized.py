@@ -7,10 +7,10 @@ import torch
 from distbn_convert.kernels import gpu
 from distbn_convert.kernels.gpu import launch
 
-from .kernel_cases import CASES, compute, force, make
+from .kernel_cases import CASES, KINDS, compute, force, make
 
 if __name__ == "__main__":
-    for kind in ("resident", "loop", "split"):
+    for kind in KINDS:
         launch.select_kernel = force(kind)
         for case in CASES:
             compute(gpu, case, make(case, torch.Tensor.cuda))

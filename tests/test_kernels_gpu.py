@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,9 +16,11 @@ import pytest
 import torch
 
 from distbn_convert.kernels import gpu, reference, select_backend
+from distbn_convert.kernels.gpu import rule
 from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 
 from .aot import RESNET50, compile_kernel, configurations, kernels_of
+from .kernel_cases import KINDS
 
 
 def triton_version() -> tuple[int, ...]:
@@ -34,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @needs_triton
-@pytest.mark.parametrize("case", ["resident", "loop", "split", "operator"])
+@pytest.mark.parametrize("case", [*KINDS, "operator"])
 def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.interpreter", case]
@@ -57,6 +61,8 @@ def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
         "split_forward",
         "split_gradients",
         "split_moments",
+        "ticketed_backward",
+        "ticketed_forward",
     ]
 
 
@@ -77,19 +83,45 @@ def share(channels: int, positions: int, itemsize: int, last: bool, **changes: A
 
 @needs_triton
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_of_resnet50_compiles_without_spills(capability: int, last: bool) -> None:
+@pytest.mark.parametrize(
+    ("capability", "epilogue"),
+    [(80, "none"), (80, "add+relu"), (90, "none"), (90, "relu"), (90, "add+relu")],
+)
+def test_every_kernel_of_resnet50_compiles_without_spills(
+    capability: int, last: bool, epilogue: str
+) -> None:
     found = {}
     for channels, positions in LAYERS:
         for itemsize in (2, 4):
             for backward in (False, True):
-                found |= configurations(share(channels, positions, itemsize, last), backward)
-    for (name, itemsize, key), (kernel, constants) in found.items():
-        resources = compile_kernel(kernel, itemsize, constants, capability)
+                described = share(channels, positions, itemsize, last)
+                found |= configurations(described, backward, epilogue)
+    for (name, itemsize, key), (kernel, constants, given) in found.items():
+        resources = compile_kernel(kernel, itemsize, constants, capability, **given)
         what = f"{name}, {itemsize} bytes, {key}"
         assert resources.stack == 0, f"{what} spills {resources.stack} bytes"
-        if capability == 90 and constants["VECTOR"] * itemsize == 16:
+        if capability == 90 and constants["TILE"].VECTOR.value * itemsize == 16:
             assert "LDG.E.128" in strip_hints(resources.machine_code), what
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["ticketed_forward", "ticketed_backward"])
+def test_programs_that_wait_for_others_acquire_and_release(name: str) -> None:
+    from distbn_convert.kernels.gpu import ticketed
+
+    described = share(256, 3136, 2, True)
+    constants = described.constants(described.choose(name.endswith("backward")), False)
+    code = compile_kernel(getattr(ticketed, name), 2, constants, 90).machine_code
+    instructions = re.findall(
+        r"\b(ATOMG|REDG|MEMBAR\.\w+\.GPU|CCTL\.IVALL|BAR\.SYNC|LDG|STG)", code
+    )
+    order = " ".join(key for key, _ in itertools.groupby(instructions))
+    # A piece's results, then its arrival, behind a barrier and a fence; L1 is emptied.
+    assert re.search(r"STG BAR.SYNC MEMBAR.\w+.GPU ATOMG CCTL.IVALL BAR.SYNC LDG", order), order
+    # The slab's statistics, then their announcement.
+    assert re.search(r"STG BAR.SYNC MEMBAR.\w+.GPU (REDG|ATOMG) ", order), order
+    # Waiting empties L1 before a barrier lets any thread load.
+    assert re.search(r"(LDG|ATOMG) CCTL.IVALL BAR.SYNC LDG( BAR.SYNC LDG)* STG$", order), order
 
 
 def strip_hints(machine_code: str) -> str:
@@ -129,12 +161,13 @@ def test_every_variant_of_every_kernel_compiles(variant: str, last: bool) -> Non
     changes, types = VARIANTS[variant]
     described = share(64, 256, 2, last)._replace(**changes)
     assert described.wide() == variant.startswith("64-bit")
-    for kind in ("resident", "loop", "split"):
-        constants = described.constants(Choice(kind, 256, 8 if last else 1, 1))
+    for kind in KINDS:
+        cut = Choice(kind, 256, 8 if last else 1, 1, 128, 256, 2)
+        constants = described.constants(cut, relu=True)
         for backward in (False, True):
             for kernel in kernels_of(kind, backward):
                 compile_kernel(kernel, 2, constants, 90, **types)
-    merging = {"SPLITS": 128, "CHANNELS": 32, "WIDE": described.wide(), "num_warps": 4}
+    merging = described.merging(cut)
     assert compile_kernel(merge_moments, 2, merging, 90, **types).stack == 0
 
 
@@ -166,7 +199,11 @@ def choose(channels: int, positions: int, **changes: Any) -> Choice:
         ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "loop"),
         ((2048, 49), {"channels_last": True}, "resident"),
         ((2048, 49), {"channels_last": True, "backward": True}, "loop"),
-        ((1024, 196), {"channels_last": True}, "split"),
+        ((1024, 196), {"channels_last": True}, "ticketed"),
+        ((256, 3136), {"channels_last": True}, "ticketed"),
+        ((256, 3136), {"channels_last": True, "backward": True}, "ticketed"),
+        ((256, 3136), {"channels_last": True, "vt_world_size": 1, "values": 256 * 3136}, "split"),
+        ((512, 784), {"itemsize": 4, "vector": 4, "residual": True}, "loop"),
         ((64, 12544), {"channels_last": True}, "split"),
         ((512, 1), {"channels_last": True}, "resident"),
     ],
@@ -176,6 +213,14 @@ def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
     layer: tuple[int, int], changes: dict[str, Any], kind: str
 ) -> None:
     assert choose(*layer, **changes).kind == kind
+
+
+def test_one_constant_has_the_split_kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "TICKETED", False)
+    for channels, positions in LAYERS:
+        for backward in (False, True):
+            choice = choose(channels, positions, channels_last=True, backward=backward)
+            assert choice.kind != "ticketed"
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -207,7 +252,10 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                 )
                 assert covered >= values
                 assert choice.size % choice.rows == 0
-                assert choice.kind != "split" or (choice.splits - 1) * choice.size < values
+                cut = choice.kind in ("split", "ticketed")
+                assert not cut or (choice.splits - 1) * choice.size < values
+                if choice.kind == "ticketed":
+                    assert 2 <= choice.depth <= -(-channels // choice.channels) * ranks
 
 
 @needs_triton

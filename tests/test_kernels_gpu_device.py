@@ -17,14 +17,13 @@ from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import gpu, reference, select_backend
 
 from .ddp import dealt_batches, make_data, make_model, train_ddp
-from .kernel_cases import CASES, Case, check, compute, force, make
+from .kernel_cases import CASES, KINDS, Case, check, compute, force, make
 from .resnet import resnet50
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-KINDS = ("resident", "loop", "split")
 # Shapes for which the rule takes each kernel in one of the passes or layouts.
 SHAPES = [
     ((64, 32, 14, 14), 8),

@@ -58,7 +58,7 @@ def forward(
     interleaved: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise and update the running statistics; see :func:`..reference.forward`."""
+    """Normalise, add, activate; update the statistics; see :func:`..reference.forward`."""
     if input.numel() == 0:
         return reference.forward(
             input,
@@ -84,22 +84,19 @@ def forward(
         input,
         _dense(weight),
         _dense(bias),
+        residual,
         running,
         counts,
         momentum,
         eps,
         vt_world_size,
         interleaved,
+        relu,
     )
     if running is not None:
         _written(running_mean, running[0])
         _written(running_var, running[1])
-    output = _like(y, input)
-    if residual is not None:
-        output.add_(residual)
-    if relu:
-        output.relu_()
-    return output, mean, rstd
+    return _like(y, input), mean, rstd
 
 
 def backward(
@@ -116,20 +113,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiate :func:`forward`; see :func:`..reference.backward`."""
     partition = vt_world_size, interleaved
-    saved = weight, bias, output, mean, rstd
     if input.numel() == 0:
+        saved = weight, bias, output, mean, rstd
         return reference.backward(grad_output, input, *saved, *partition, relu)
     from . import launch
 
-    if relu:
-        grad_output = reference.mask(grad_output, input, *saved, interleaved)
-    dx, sums = launch.backward(
-        grad_output, input, _dense(weight), mean.contiguous(), rstd.contiguous(), *partition
+    affine, moments = (_dense(weight), _dense(bias)), (mean.contiguous(), rstd.contiguous())
+    kept = output if relu else None
+    dx, sums, masked = launch.backward(
+        grad_output, input, *affine, kept, *moments, *partition, relu
     )
     grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
-    grad_residual = input.new_empty((0,))
-    if relu and output is not None:
-        grad_residual = _like(grad_output, input)
+    grad_residual = input.new_empty((0,)) if masked is None else _like(masked, input)
     return _like(dx, input), grad_weight, grad_bias, grad_residual
 
 

@@ -19,6 +19,8 @@ from .split import (
     split_gradients,
     split_moments,
 )
+from .ticketed import ticketed_backward, ticketed_forward
+from .tiles import Statistics, Tile, constant
 
 __all__ = ["Share", "arrange", "backward", "describe", "forward"]
 
@@ -45,8 +47,8 @@ class Share(NamedTuple):
         """Values of one channel of the largest share."""
         return -(-self.samples // self.vt_world_size) * self.positions
 
-    def choose(self, backward: bool) -> Choice:
-        """Ask the rule."""
+    def choose(self, backward: bool, residual: bool = False) -> Choice:
+        """Ask the rule; ``residual`` is whether the forward adds one."""
         return select_kernel(
             backward=backward,
             channels_last=self.last,
@@ -55,18 +57,24 @@ class Share(NamedTuple):
             channels=self.channels,
             values=self.values,
             vt_world_size=self.vt_world_size,
+            residual=residual,
         )
 
-    def scalars(self) -> dict[str, int]:
+    def scalars(self, choice: Choice) -> dict[str, int]:
         """What may change from call to call without compiling again."""
         quotient, remainder = divmod(self.samples, self.vt_world_size)
-        return {
+        scalars = {
             "channels": self.channels,
             "positions": self.positions,
             "quotient": quotient,
             "remainder": remainder,
             "vt_world_size": self.vt_world_size,
         }
+        if choice.kind in ("split", "ticketed"):
+            scalars["size"] = choice.size
+        if choice.kind == "ticketed":
+            scalars |= {"splits": choice.splits, "depth": choice.depth}
+        return scalars
 
     def wide(self) -> bool:
         """Whether offsets within a share need 64 bits."""
@@ -78,61 +86,90 @@ class Share(NamedTuple):
         adjacent = self.channels if self.last else self.positions
         return math.gcd(adjacent, _VECTOR_BYTES // self.itemsize)
 
-    def constants(self, choice: Choice) -> dict[str, Any]:
+    def constants(self, choice: Choice, relu: bool) -> dict[str, Any]:
         """What a kernel is compiled for."""
         fast_axis = choice.channels if self.last else choice.rows
-        return {
-            "ROWS": choice.rows,
-            "CHANNELS": choice.channels,
-            "VECTOR": min(self.vector(), fast_axis),
-            "DIVISOR": self.positions if self.interleaved or not self.last else 0,
-            "LAST": self.last,
-            "INTERLEAVED": self.interleaved,
-            "WIDE": self.wide(),
-            "num_warps": choice.warps,
-            "enable_fp_fusion": True,
-        }
+        tile = Tile(
+            ROWS=choice.rows,
+            CHANNELS=choice.channels,
+            VECTOR=min(self.vector(), fast_axis),
+            DIVISOR=self.positions if self.interleaved or not self.last else 0,
+            LAST=self.last,
+            INTERLEAVED=self.interleaved,
+            WIDE=self.wide(),
+            RELU=relu,
+        )
+        constants = {"TILE": constant(tile), "num_warps": choice.warps, "enable_fp_fusion": True}
+        if choice.kind == "ticketed":
+            # A limit makes the assembler take registers rather than spill for a fourth program on
+            # a multiprocessor; with this one there are at least two.
+            constants |= {"SPLITS": _power_of_two(choice.splits), "maxnreg": 128}
+        return constants
 
-    def grid(self, choice: Choice) -> tuple[int, int]:
-        """Programs: blocks of channels of every rank, pieces."""
-        return -(-self.channels // choice.channels) * self.vt_world_size, choice.splits
+    def merging(self, choice: Choice) -> dict[str, Any]:
+        """What the kernel that merges the pieces of a split is compiled for."""
+        tile = Tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False)
+        constants = {"TILE": constant(tile), "num_warps": 4, "enable_fp_fusion": True}
+        return {"SPLITS": _power_of_two(choice.splits), **constants}
+
+    def slabs(self, width: int) -> int:
+        """Blocks of ``width`` channels of every rank."""
+        return -(-self.channels // width) * self.vt_world_size
+
+    def grid(self, choice: Choice) -> tuple[int, ...]:
+        """Programs: blocks of channels of every rank, pieces; twice the product of tickets."""
+        slabs = self.slabs(choice.channels)
+        return (2 * slabs * choice.splits,) if choice.kind == "ticketed" else (slabs, choice.splits)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the next power of two."""
+    return 1 << (number - 1).bit_length()
 
 
 def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     running: tuple[Tensor, Tensor] | None,
     counts: Tensor | None,
     momentum: float | None,
     eps: float,
     vt_world_size: int,
     interleaved: bool,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward of a non-empty batch; ``running`` are contiguous and written."""
     x, last = arrange(input)
+    added = None if residual is None else _arranged_as(x, residual, last)
     share = describe(x, last, vt_world_size, interleaved)
-    choice = share.choose(False)
+    choice = share.choose(False, added is not None)
     y = torch.empty_like(x)
     mean = x.new_empty((vt_world_size, share.channels), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     counts = counts if momentum is None else None
     momentum = None if momentum is None else float(momentum)
-    update = (*(running or (None, None)), counts, momentum, eps)
-    scalars, constants, grid = share.scalars(), share.constants(choice), share.grid(choice)
+    running_mean, running_var = running or (None, None)
+    statistics = Statistics(mean, rstd, running_mean, running_var, counts, momentum, eps)
+    scalars, constants = share.scalars(choice), share.constants(choice, relu)
+    grid, affine = share.grid(choice), (weight, bias)
     with _on(input):
         if choice.kind == "split":
             partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_moments[grid](x, partials, choice.size, **scalars, **constants)
-            merge_moments[_merge_grid(share)](
-                partials, mean, rstd, *update, choice.splits, choice.size, **scalars,
-                SPLITS=1 << (choice.splits - 1).bit_length(), CHANNELS=_MERGE_CHANNELS,
-                WIDE=share.wide(), num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-            split_forward[grid](x, y, weight, bias, mean, rstd, choice.size, **scalars, **constants)
+            split_moments[grid](x, partials, **scalars, **constants)
+            merge_moments[(share.slabs(_MERGE_CHANNELS),)](
+                partials, statistics, choice.splits, **scalars, **share.merging(choice)
+            )
+            split_forward[grid](x, y, *affine, added, mean, rstd, **scalars, **constants)
+        elif choice.kind == "ticketed":
+            shared = _shared(mean, share, choice)
+            ticketed_forward[grid](
+                x, y, *affine, added, statistics, *shared, **scalars, **constants
+            )
         else:
             kernel = resident_forward if choice.kind == "resident" else loop_forward
-            kernel[grid](x, y, weight, bias, mean, rstd, *update, **scalars, **constants)
+            kernel[grid](x, y, *affine, added, statistics, **scalars, **constants)
     return y, mean, rstd
 
 
@@ -140,38 +177,59 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     vt_world_size: int,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the backward of a non-empty batch.
 
     Returns:
-        the gradient of the input, and ``Tensor[2, V, C]``: each rank's share of the gradients
-        of bias and weight.
+        the gradient of the input, ``Tensor[2, V, C]``: each rank's share of the gradients of
+        bias and weight, and the masked ``grad_output`` if ``output`` is given.
     """
     x, last = arrange(input)
-    dy = grad_output
-    if not _is_arranged(dy, last):
-        dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    dy = _arranged_as(x, grad_output, last)
+    out = None if output is None else _arranged_as(x, output, last)
     share = describe(x, last, vt_world_size, interleaved)
     choice = share.choose(True)
     dx = torch.empty_like(x)
-    scalars, constants, grid = share.scalars(), share.constants(choice), share.grid(choice)
+    masked = None if out is None else torch.empty_like(dy)
+    # The sign of the output is read where there is one, and computed where there is none.
+    relu = relu and out is None
+    affine = weight, bias if relu else None
+    scalars, constants = share.scalars(choice), share.constants(choice, relu)
+    grid = share.grid(choice)
+    rows = *affine, mean, rstd
     with _on(input):
         if choice.kind == "split":
             partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_gradients[grid](x, dy, mean, rstd, partials, choice.size, **scalars, **constants)
+            split_gradients[grid](x, dy, out, masked, *rows, partials, **scalars, **constants)
             sums = partials.sum(0)
-            split_backward[grid](
-                x, dy, dx, weight, mean, rstd, *sums, choice.size, **scalars, **constants
-            )
+            rest = dy if masked is None else masked
+            split_backward[grid](x, rest, dx, *rows, *sums, **scalars, **constants)
         else:
             sums = mean.new_empty((2, *mean.shape))
-            kernel = resident_backward if choice.kind == "resident" else loop_backward
-            kernel[grid](x, dy, dx, weight, mean, rstd, *sums, **scalars, **constants)
-    return dx, sums
+            tensors = x, dy, out, dx, masked, *rows, *sums
+            if choice.kind == "ticketed":
+                shared = _shared(mean, share, choice)
+                ticketed_backward[grid](*tensors, *shared, **scalars, **constants)
+            else:
+                kernel = resident_backward if choice.kind == "resident" else loop_backward
+                kernel[grid](*tensors, **scalars, **constants)
+    return dx, sums, masked
+
+
+def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Return what the programs of a ticketed kernel pass to each other: partials, counters.
+
+    The counters are zeroed on the stream, which a CUDA graph repeats at each replay.
+    """
+    partials = mean.new_empty((choice.splits, 2, *mean.shape))
+    return partials, mean.new_zeros(share.slabs(choice.channels) + 1, dtype=torch.int32)
 
 
 def arrange(input: Tensor) -> tuple[Tensor, bool]:
@@ -204,8 +262,11 @@ def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Sh
     )
 
 
-def _merge_grid(share: Share) -> tuple[int]:
-    return (-(-share.channels // _MERGE_CHANNELS) * share.vt_world_size,)
+def _arranged_as(x: Tensor, other: Tensor, last: bool) -> Tensor:
+    """Return a tensor of the shape of an arranged ``x``, with channels in the same place."""
+    if _is_arranged(other, last):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
 def _on(input: Tensor) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import finish, load_affine, locate
+from .tiles import finish, load_affine, load_row, locate
 
 __all__ = ["loop_backward", "loop_forward"]
 
@@ -21,52 +21,33 @@ def loop_forward(
     y,  # as x
     weight,  # [C] or None
     bias,  # [C] or None
-    mean_out,  # [V, C] float32
-    rstd_out,  # [V, C] float32
-    running_mean,  # [V, C] or None
-    running_var,  # [V, C] or None
-    counts,  # [V] int64, read if momentum is None
-    momentum,  # float or None
-    eps,
+    residual,  # as x, or None
+    statistics,
     channels,
     positions,
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Normalise each rank's share."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    mean, m2 = lane_moments(
-        x + start, 0, values, lanes, channels, vt_world_size,
-        ROWS, CHANNELS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
-    rstd = finish(
-        mean, m2, values, rank, lanes, channels,
-        mean_out, rstd_out, running_mean, running_var, counts, momentum, eps,
-    )  # fmt: skip
-    scale, shift = load_affine(weight, bias, rstd, lanes, channels)
-    normalize_rows(
-        x + start, y + start, mean, scale, shift, 0, values, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    mean, m2 = lane_moments(x, 0, block.total, block, TILE)
+    rstd = finish(mean, m2, block, statistics)
+    affine = load_affine(weight, bias, mean, rstd, block)
+    normalize_rows(x, y, residual, affine, 0, block.total, block, TILE)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size"])
 def loop_backward(
     x,  # [N, C, S] in either layout
     dy,  # as x
+    output,  # as x, or None: not to be masked, or by what TILE.RELU computes
     dx,  # as x
+    grad_residual,  # as x, written if there is an output
     weight,  # [C] or None
+    bias,  # [C] or None, read for TILE.RELU
     mean_in,  # [V, C] float32
     rstd_in,  # [V, C] float32
     sum_dy_out,  # [V, C] float32: each rank's share of dbias
@@ -76,36 +57,24 @@ def loop_backward(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Differentiate :func:`loop_forward`."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    valid = lanes < channels
-    cell = rank * channels + lanes
-    mean = tl.load(mean_in + cell, mask=valid, other=0.0)
-    rstd = tl.load(rstd_in + cell, mask=valid, other=0.0)
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    rstd = load_row(rstd_in, block)
+    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
     sum_dy, sum_dy_x = lane_gradients(
-        x + start, dy + start, mean, 0, values, lanes, channels, vt_world_size,
-        ROWS, CHANNELS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
+        x, dy, output, grad_residual, affine, 0, block.total, block, TILE
+    )
     sum_dy_x *= rstd
-    tl.store(sum_dy_out + cell, sum_dy, mask=valid)
-    tl.store(sum_dy_x_out + cell, sum_dy_x, mask=valid)
-    count = tl.maximum(values, 1).to(tl.float32)
+    tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
+    tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+    count = tl.maximum(block.total, 1).to(tl.float32)
     mean_dy = tl.div_rn(sum_dy, count)
     slope = tl.div_rn(sum_dy_x, count) * rstd
-    scale, _ = load_affine(weight, None, rstd, lanes, channels)
-    differentiate_rows(
-        x + start, dy + start, dx + start, mean, mean_dy, slope, scale,
-        0, values, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
+    if output is not None:
+        # What is read below may have been written by another thread of this program.
+        tl.debug_barrier()
+        dy = grad_residual
+    differentiate_rows(x, dy, dx, affine, mean_dy, slope, 0, block.total, block, TILE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import finish, locate, place
+from .tiles import finish, load_affine, load_row, locate, place, rectify, transform
 
 __all__ = ["resident_backward", "resident_forward"]
 
@@ -20,64 +20,49 @@ def resident_forward(
     y,  # as x
     weight,  # [C] or None
     bias,  # [C] or None
-    mean_out,  # [V, C] float32
-    rstd_out,  # [V, C] float32
-    running_mean,  # [V, C] or None
-    running_var,  # [V, C] or None
-    counts,  # [V] int64, read if momentum is None
-    momentum,  # float or None
-    eps,
+    residual,  # as x, or None
+    statistics,
     channels,
     positions,
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Normalise, with exact two-pass statistics."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    offsets, mask = place(
-        0, values, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
-    tile = tl.load(x + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    offsets, mask = place(0, block.total, block, TILE)
+    x += block.start
+    tile = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     # Sums around the first value, so that a large mean costs no digits.
-    valid = lanes < channels
-    first = x + start + (lanes if LAST else lanes.to(tl.int64) * DIVISOR)
-    seen = lanes < tl.where(values > 0, channels, 0)
+    first = x + (block.lanes if TILE.LAST else block.lanes.to(tl.int64) * TILE.DIVISOR)
+    seen = block.lanes < tl.where(block.total > 0, channels, 0)
     pivot = tl.load(first, mask=seen, other=0.0).to(tl.float32)
-    count = tl.maximum(values, 1).to(tl.float32)
+    count = tl.maximum(block.total, 1).to(tl.float32)
     deviation = tl.where(mask, tile.to(tl.float32) - pivot[None, :], 0.0)
     mean = pivot + tl.div_rn(tl.sum(deviation, 0), count)
     deviation = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
     m2 = tl.sum(deviation * deviation, 0)
-    rstd = finish(
-        mean, m2, values, rank, lanes, channels,
-        mean_out, rstd_out, running_mean, running_var, counts, momentum, eps,
-    )  # fmt: skip
-    if weight is not None:
-        rstd *= tl.load(weight + lanes, mask=valid, other=0.0).to(tl.float32)
-    out = (tile.to(tl.float32) - mean[None, :]) * rstd[None, :]
-    if bias is not None:
-        out += tl.load(bias + lanes, mask=valid, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + start + offsets, out.to(y.dtype.element_ty), mask=mask)
+    rstd = finish(mean, m2, block, statistics)
+    out = transform(tile, load_affine(weight, bias, mean, rstd, block))
+    if residual is not None:
+        added = residual + block.start + offsets
+        out += tl.load(added, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if TILE.RELU:
+        out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + block.start + offsets, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size"])
 def resident_backward(
     x,  # [N, C, S] in either layout
     dy,  # as x
+    output,  # as x, or None: not to be masked, or by what TILE.RELU computes
     dx,  # as x
+    grad_residual,  # as x, written if there is an output
     weight,  # [C] or None
+    bias,  # [C] or None, read for TILE.RELU
     mean_in,  # [V, C] float32
     rstd_in,  # [V, C] float32
     sum_dy_out,  # [V, C] float32: each rank's share of dbias
@@ -87,38 +72,33 @@ def resident_backward(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Differentiate: input and upstream gradient are each read once."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    offsets, mask = place(
-        0, values, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
-    tile = tl.load(x + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    grad = tl.load(dy + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    valid = lanes < channels
-    cell = rank * channels + lanes
-    mean = tl.load(mean_in + cell, mask=valid, other=0.0)
-    rstd = tl.load(rstd_in + cell, mask=valid, other=0.0)
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    offsets, mask = place(0, block.total, block, TILE)
+    tile = x + block.start + offsets
+    tile = tl.load(tile, mask=mask, other=0.0, eviction_policy="evict_first")
+    grad = dy + block.start + offsets
+    grad = tl.load(grad, mask=mask, other=0.0, eviction_policy="evict_first")
+    rstd = load_row(rstd_in, block)
+    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    if output is not None:
+        out = output + block.start + offsets
+        grad = rectify(grad, tl.load(out, mask=mask, other=0.0, eviction_policy="evict_first"))
+        tl.store(grad_residual + block.start + offsets, grad, mask=mask)
+    elif TILE.RELU:
+        grad = rectify(grad, transform(tile, affine).to(tile.dtype))
     sum_dy = tl.sum(grad.to(tl.float32), 0)
-    sum_dy_x = tl.sum(grad.to(tl.float32) * (tile.to(tl.float32) - mean[None, :]), 0) * rstd
-    tl.store(sum_dy_out + cell, sum_dy, mask=valid)
-    tl.store(sum_dy_x_out + cell, sum_dy_x, mask=valid)
-    count = tl.maximum(values, 1).to(tl.float32)
+    centred = tile.to(tl.float32) - affine.mean[None, :]
+    sum_dy_x = tl.sum(grad.to(tl.float32) * centred, 0) * rstd
+    tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
+    tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+    count = tl.maximum(block.total, 1).to(tl.float32)
     mean_dy = tl.div_rn(sum_dy, count)
     slope = tl.div_rn(sum_dy_x, count) * rstd
-    if weight is not None:
-        rstd *= tl.load(weight + lanes, mask=valid, other=0.0).to(tl.float32)
-    out = grad.to(tl.float32) - mean_dy[None, :]
-    out = (out - (tile.to(tl.float32) - mean[None, :]) * slope[None, :]) * rstd[None, :]
-    tl.store(dx + start + offsets, out.to(dx.dtype.element_ty), mask=mask)
+    dx_tile = grad.to(tl.float32) - mean_dy[None, :]
+    centred = tile.to(tl.float32) - affine.mean[None, :]
+    dx_tile = (dx_tile - centred * slope[None, :]) * affine.scale[None, :]
+    tl.store(dx + block.start + offsets, dx_tile.to(dx.dtype.element_ty), mask=mask)

@@ -3,37 +3,53 @@
 Tuning at run time would repeat the update of the running statistics, stall the first steps and
 break CUDA-graph capture. The limits below come from compiling for sm_90 (registers, no spills);
 the byte limits are estimates for a GPU with 132 multiprocessors and 50 MB of L2.
+
+Large channels_last shares that do not fit in registers can be cut in three launches
+(``"split"``) or in the one of :mod:`.ticketed`, where programs wait for others. By bytes the latter
+wins: its second read comes from L2, so that forward and backward move 2 and 3 tensors instead of 3
+and 5, on 77 % of ResNet-50's bytes. ``TICKETED`` chooses it. It has not run on a device yet, and a
+mistake in it could hang or be seen once in a million steps; what speaks for it all the same is
+that the whole backend stays off until a device has run its tests (:mod:`..gpu`), among them a
+thousand repeats of this kernel, and that split kernels cannot reach the bytes' floor at all.
+``scripts/gpu_bench.py`` times both. Set it to False to have the split kernels everywhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Choice", "select_kernel"]
+__all__ = ["TICKETED", "Choice", "select_kernel"]
+
+TICKETED = True
 
 _MAX_WARPS = 16
 # Fewer programs than this leave multiprocessors idle, so that a share must be cut.
 _ENOUGH_PROGRAMS = 256
-# Shares that are live at once should stay in L2 for the second sweep of a loop: 132 programs of
-# 32 warps, or 264 of 16.
+# Shares that are live at once should stay in L2 for the second sweep of a loop (132 programs of
+# 32 warps, or 264 of 16), or between the two visits of a ticketed kernel.
 _L2_BYTES = 26_500_000
 _MULTIPROCESSORS = 132
 # How many programs a launch that cuts shares aims at, and the most pieces that a merge holds.
 _SPLIT_PROGRAMS = 1056
 _MAX_SPLITS = 128
+# Programs of 8 warps that a device holds at once: two or three on each multiprocessor.
+_LIVE_PROGRAMS = 396
+_MAX_DEPTH = 16
+# Fewer tiles than this in a piece do not pay for a ticket and an arrival.
+_PIECE_TILES = 4
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A kernel and its tile.
 
     Args:
-        kind: ``"resident"``, ``"loop"`` or ``"split"``.
+        kind: ``"resident"``, ``"loop"``, ``"split"`` or ``"ticketed"``.
         rows: values of a channel in one tile, a power of two.
         channels: channels in one tile, a power of two; 1 where channels are not adjacent.
         warps: warps of a program.
-        splits: pieces of a share; 1 unless ``"split"``.
-        size: rows of a piece, a multiple of ``rows``; 0 unless ``"split"``.
+        splits: pieces of a share; 1 unless ``"split"`` or ``"ticketed"``.
+        size: rows of a piece, a multiple of ``rows``; 0 where shares are not cut.
+        depth: slabs between the two visits of a ``"ticketed"`` kernel, else 0.
     """
 
     kind: str
@@ -42,6 +58,7 @@ class Choice:
     warps: int
     splits: int = 1
     size: int = 0
+    depth: int = 0
 
 
 def select_kernel(
@@ -53,6 +70,7 @@ def select_kernel(
     channels: int,
     values: int,
     vt_world_size: int,
+    residual: bool = False,
 ) -> Choice:
     """Choose the kernel of a share.
 
@@ -64,10 +82,12 @@ def select_kernel(
         channels: C.
         values: values of one channel of the largest share, ``ceil(N / V) * S``.
         vt_world_size: number of virtual ranks V.
+        residual: whether the forward adds one, which takes registers. Default: False
     """
     rows = _power_of_two(values)
     widths = _channel_widths(channels, itemsize) if channels_last else [1]
-    limit = _resident_values(backward, channels_last, itemsize, vector) * 32 * _MAX_WARPS
+    held = _resident_values(backward, residual, channels_last, itemsize, vector)
+    limit = held * 32 * _MAX_WARPS
     for width in widths:
         if rows * width <= limit:
             return Choice("resident", rows, width, _resident_warps(rows * width, backward))
@@ -79,12 +99,42 @@ def select_kernel(
             return Choice("loop", _tile(16, width, 16), width, 16)
         warps = 16 if _fits_l2(share, 2) else 32
         return Choice("loop", _tile(warps, width, 8), width, warps)
+    if channels_last and TICKETED:
+        ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
+        if ticketed is not None:
+            return ticketed
     width = widths[0]
     programs = -(-channels // width) * vt_world_size
-    tile = _tile(8, width, 16 if itemsize == 2 else 8)
     wanted = min(-(-_SPLIT_PROGRAMS // programs), _MAX_SPLITS)
+    tile = _piece_tile(width, itemsize)
     size = -(-values // (wanted * tile)) * tile
     return Choice("split", tile, width, 8, -(-values // size), size)
+
+
+def _ticketed(
+    widths: list[int],
+    values: int,
+    itemsize: int,
+    backward: bool,
+    channels: int,
+    vt_world_size: int,
+) -> Choice | None:
+    """Choose the widest slabs of which at least two stay in L2, or none.
+
+    A slab is gathered ``2 * depth - 1`` phases before it is applied; half as many pieces again as
+    fill the device in that time keep the wait from being felt.
+    """
+    for width in widths:
+        slab = values * width * itemsize * (2 if backward else 1)
+        slabs = -(-channels // width) * vt_world_size
+        depth = min(_L2_BYTES // slab, _MAX_DEPTH, slabs)
+        if depth < 2 or width * itemsize < min(64, channels * itemsize):
+            continue
+        tile = _piece_tile(width, itemsize)
+        wanted = min(-(-3 * _LIVE_PROGRAMS // (4 * depth - 2)), _MAX_SPLITS)
+        size = max(-(-values // (wanted * tile)), _PIECE_TILES) * tile
+        return Choice("ticketed", tile, width, 8, -(-values // size), size, depth)
+    return None
 
 
 def _power_of_two(number: int) -> int:
@@ -92,13 +142,16 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _resident_values(backward: bool, channels_last: bool, itemsize: int, vector: int) -> int:
+def _resident_values(
+    backward: bool, residual: bool, channels_last: bool, itemsize: int, vector: int
+) -> int:
     """Return how many values a thread can hold without spilling.
 
-    The backward holds that many of two tensors; values that are moved one by one, or along
-    channels, need registers for their addresses.
+    The backward holds that many of two tensors, and a forward that adds a residual nearly so;
+    values that are moved one by one, or along channels, need registers for their addresses.
     """
-    if backward or vector == 1 or (channels_last and itemsize == 4):
+    narrow = channels_last or itemsize == 4
+    if backward or vector == 1 or (channels_last and itemsize == 4) or (residual and narrow):
         return 32
     return 64
 
@@ -118,6 +171,11 @@ def _resident_warps(values: int, backward: bool) -> int:
 def _fits_l2(share: int, programs: int) -> bool:
     """Say whether shares stay in L2 with that many programs on each multiprocessor."""
     return share * _MULTIPROCESSORS * programs <= _L2_BYTES
+
+
+def _piece_tile(width: int, itemsize: int) -> int:
+    """Return the rows of a tile of the kernels that cut shares, which have 8 warps."""
+    return _tile(8, width, 16 if itemsize == 2 else 8)
 
 
 def _tile(warps: int, width: int, values: int) -> int:

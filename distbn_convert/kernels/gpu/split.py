@@ -11,19 +11,70 @@ import triton
 import triton.language as tl
 
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import finish, load_affine, locate, merge_lanes
+from .tiles import finish, load_affine, load_row, locate, merge_lanes
 
-__all__ = ["merge_moments", "split_backward", "split_forward", "split_gradients", "split_moments"]
+__all__ = [
+    "merge_moments",
+    "merge_pieces",
+    "piece_of",
+    "split_backward",
+    "split_forward",
+    "split_gradients",
+    "split_moments",
+    "store_partials",
+    "sum_pieces",
+]
 
 
 @triton.jit
-def piece(values, size, REVERSE: tl.constexpr):
-    """Return which piece of the share is this program's, and its rows."""
-    split = tl.program_id(1)
-    if REVERSE:
-        split = tl.num_programs(1) - 1 - split
-    begin = tl.minimum(split.to(values.dtype) * size, values)
-    return split, begin, tl.minimum(begin + size, values)
+def piece_of(split, size, block):
+    """Return the rows of a piece of the share."""
+    begin = tl.minimum(split.to(block.total.dtype) * size, block.total)
+    return begin, tl.minimum(begin + size, block.total)
+
+
+@triton.jit
+def store_partials(partials, first, second, split, block):
+    """Store two numbers for each of the piece's channels in ``[splits, 2, V, C]``."""
+    cells = block.vt_world_size.to(tl.int64) * block.channels
+    partials += split * 2 * cells + block.cells
+    tl.store(partials, first, mask=block.valid)
+    tl.store(partials + cells, second, mask=block.valid)
+
+
+@triton.jit
+def load_partials(partials, which: tl.constexpr, splits, block, SPLITS: tl.constexpr):
+    """Return the first or second number of all pieces ``[SPLITS, CHANNELS]``, and a mask.
+
+    From L2 (``.cg``), where the programs of the same launch that wrote them can be seen.
+    """
+    split = tl.arange(0, SPLITS)
+    mask = (split < splits)[:, None] & block.valid[None, :]
+    cells = block.vt_world_size.to(tl.int64) * block.channels
+    offsets = (split[:, None] * 2 + which) * cells + block.cells[None, :]
+    return tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg"), mask
+
+
+@triton.jit
+def merge_pieces(partials, splits, size, block, SPLITS: tl.constexpr):
+    """Return mean and sum of squared deviations of a share, its pieces in a fixed order."""
+    # One kind of number after the other: together they cost a program its registers.
+    m2, mask = load_partials(partials, 1, splits, block, SPLITS)
+    within = tl.sum(m2, 0)
+    mean, _ = load_partials(partials, 0, splits, block, SPLITS)
+    split = tl.arange(0, SPLITS).to(block.total.dtype)
+    count = tl.minimum(tl.maximum(block.total - split * size, 0), size)
+    count = tl.where(mask, count.to(tl.float32)[:, None], 0.0)
+    mean, between = merge_lanes(mean, tl.zeros_like(mean), count)
+    return mean, within + between
+
+
+@triton.jit
+def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
+    """Return both sums of a share, its pieces in a fixed order."""
+    first, _ = load_partials(partials, 0, splits, block, SPLITS)
+    second, _ = load_partials(partials, 1, splits, block, SPLITS)
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
@@ -36,69 +87,35 @@ def split_moments(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Compute the moments of each piece."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    split, begin, stop = piece(values, size, False)
-    mean, m2 = lane_moments(
-        x + start, begin, stop, lanes, channels, vt_world_size,
-        ROWS, CHANNELS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
-    cells = vt_world_size.to(tl.int64) * channels
-    cell = split * 2 * cells + rank * channels + lanes
-    tl.store(partials + cell, mean, mask=lanes < channels)
-    tl.store(partials + cells + cell, m2, mask=lanes < channels)
+    program, split = tl.program_id(0), tl.program_id(1)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    mean, m2 = lane_moments(x, begin, stop, block, TILE)
+    store_partials(partials, mean, m2, split, block)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
 def merge_moments(
     partials,  # [splits, 2, V, C] float32
-    mean_out,  # [V, C] float32
-    rstd_out,  # [V, C] float32
-    running_mean,  # [V, C] or None
-    running_var,  # [V, C] or None
-    counts,  # [V] int64, read if momentum is None
-    momentum,  # float or None
-    eps,
+    statistics,
     splits,
-    size,
+    size,  # rows of a piece
     channels,
     positions,
     quotient,
     remainder,
     vt_world_size,
     SPLITS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Merge the pieces of each share and update the running statistics."""
-    rank, values, _, lanes = locate(
-        channels, positions, quotient, remainder, CHANNELS, True, False, WIDE, 1, False
-    )
-    split = tl.arange(0, SPLITS)
-    mask = (split < splits)[:, None] & (lanes < channels)[None, :]
-    count = tl.minimum(tl.maximum(values - split.to(values.dtype) * size, 0), size)
-    cells = vt_world_size.to(tl.int64) * channels
-    cell = split[:, None] * 2 * cells + (rank * channels + lanes)[None, :]
-    mean, m2 = merge_lanes(
-        tl.load(partials + cell, mask=mask, other=0.0),
-        tl.load(partials + cells + cell, mask=mask, other=0.0),
-        tl.where(mask, count.to(tl.float32)[:, None], 0.0),
-    )
-    finish(
-        mean, m2, values, rank, lanes, channels,
-        mean_out, rstd_out, running_mean, running_var, counts, momentum, eps,
-    )  # fmt: skip
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
+    finish(mean, m2, block, statistics)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
@@ -107,6 +124,7 @@ def split_forward(
     y,  # as x
     weight,  # [C] or None
     bias,  # [C] or None
+    residual,  # as x, or None
     mean_in,  # [V, C] float32
     rstd_in,  # [V, C] float32
     size,  # rows of a piece
@@ -115,34 +133,25 @@ def split_forward(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Normalise each piece."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, True,
-    )  # fmt: skip
-    _, begin, stop = piece(values, size, True)
-    cell = rank * channels + lanes
-    mean = tl.load(mean_in + cell, mask=lanes < channels, other=0.0)
-    rstd = tl.load(rstd_in + cell, mask=lanes < channels, other=0.0)
-    scale, shift = load_affine(weight, bias, rstd, lanes, channels)
-    normalize_rows(
-        x + start, y + start, mean, scale, shift, begin, stop, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
+    program, split = last_first()
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    mean, rstd = load_row(mean_in, block), load_row(rstd_in, block)
+    affine = load_affine(weight, bias, mean, rstd, block)
+    normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
 def split_gradients(
     x,  # [N, C, S] in either layout
     dy,  # as x
+    output,  # as x, or None: not to be masked, or by what TILE.RELU computes
+    grad_residual,  # as x, written if there is an output
+    weight,  # [C] or None, read for TILE.RELU as bias is
+    bias,  # [C] or None
     mean_in,  # [V, C] float32
     rstd_in,  # [V, C] float32
     partials,  # [splits, 2, V, C] float32: sums of dy and of dy * normalised x
@@ -152,30 +161,18 @@ def split_gradients(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Compute the two sums of each piece that the gradients need."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, False,
-    )  # fmt: skip
-    split, begin, stop = piece(values, size, False)
-    mean = tl.load(mean_in + rank * channels + lanes, mask=lanes < channels, other=0.0)
-    rstd = tl.load(rstd_in + rank * channels + lanes, mask=lanes < channels, other=0.0)
+    program, split = tl.program_id(0), tl.program_id(1)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    rstd = load_row(rstd_in, block)
+    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
     sum_dy, sum_dy_x = lane_gradients(
-        x + start, dy + start, mean, begin, stop, lanes, channels, vt_world_size,
-        ROWS, CHANNELS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
-    cells = vt_world_size.to(tl.int64) * channels
-    cell = split * 2 * cells + rank * channels + lanes
-    tl.store(partials + cell, sum_dy, mask=lanes < channels)
-    tl.store(partials + cells + cell, sum_dy_x * rstd, mask=lanes < channels)
+        x, dy, output, grad_residual, affine, begin, stop, block, TILE
+    )
+    store_partials(partials, sum_dy, sum_dy_x * rstd, split, block)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
@@ -184,6 +181,7 @@ def split_backward(
     dy,  # as x
     dx,  # as x
     weight,  # [C] or None
+    bias,  # [C] or None, read for TILE.RELU
     mean_in,  # [V, C] float32
     rstd_in,  # [V, C] float32
     sum_dy_in,  # [V, C] float32
@@ -194,30 +192,22 @@ def split_backward(
     quotient,
     remainder,
     vt_world_size,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TILE,
 ):
     """Write the gradient of each piece."""
-    rank, values, start, lanes = locate(
-        channels, positions, quotient, remainder,
-        CHANNELS, LAST, INTERLEAVED, WIDE, VECTOR, True,
-    )  # fmt: skip
-    _, begin, stop = piece(values, size, True)
-    valid = lanes < channels
-    cell = rank * channels + lanes
-    mean = tl.load(mean_in + cell, mask=valid, other=0.0)
-    rstd = tl.load(rstd_in + cell, mask=valid, other=0.0)
-    count = tl.maximum(values, 1).to(tl.float32)
-    mean_dy = tl.div_rn(tl.load(sum_dy_in + cell, mask=valid, other=0.0), count)
-    slope = tl.div_rn(tl.load(sum_dy_x_in + cell, mask=valid, other=0.0), count) * rstd
-    scale, _ = load_affine(weight, None, rstd, lanes, channels)
-    differentiate_rows(
-        x + start, dy + start, dx + start, mean, mean_dy, slope, scale,
-        begin, stop, lanes, channels, vt_world_size,
-        ROWS, VECTOR, DIVISOR, LAST, INTERLEAVED, WIDE,
-    )  # fmt: skip
+    program, split = last_first()
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    rstd = load_row(rstd_in, block)
+    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    count = tl.maximum(block.total, 1).to(tl.float32)
+    mean_dy = tl.div_rn(load_row(sum_dy_in, block), count)
+    slope = tl.div_rn(load_row(sum_dy_x_in, block), count) * rstd
+    differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)
+
+
+@triton.jit
+def last_first():
+    """Return block and piece in reverse, so that what was read last is read first."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    return program, tl.num_programs(1) - 1 - tl.program_id(1)

@@ -2,95 +2,161 @@
 
 A program works on one rank's share of a block of channels, seen as a matrix
 ``[values, CHANNELS]``: row ``i * S + s`` is position ``s`` of the rank's ``i``-th sample.
-Every kernel takes the same description of it:
-
-* ``channels``, ``positions``: C and S.
-* ``quotient``, ``remainder``, ``vt_world_size``: ``divmod(N, V)`` and V.
-* ``ROWS``, ``CHANNELS``: the tile, powers of two.
-* ``VECTOR``: values that are certainly adjacent and aligned along the fast axis.
-* ``DIVISOR``: S as a constant where rows must be divided by it, so that it costs a
-  multiplication; 0 where a rank's rows are one run of memory and nothing is divided.
-* ``LAST``: channels are the fast axis. ``INTERLEAVED``: the partition.
-* ``WIDE``: offsets within the share need 64 bits, which costs some 30 registers.
+Every kernel takes the same description of it: ``channels``, ``positions``, ``quotient``,
+``remainder`` and ``vt_world_size`` are C, S, ``divmod(N, V)`` and V, which may change from call
+to call without compiling again (in a tuple they could not: Triton specialises its members), and
+``TILE`` is a :class:`Tile`.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-__all__ = ["finish", "load_affine", "locate", "merge_lanes", "place"]
+__all__ = [
+    "Affine",
+    "Block",
+    "Statistics",
+    "Tile",
+    "constant",
+    "finish",
+    "load_affine",
+    "load_row",
+    "locate",
+    "merge_lanes",
+    "place",
+    "rectify",
+    "transform",
+]
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for; :func:`constant` makes it so.
+
+    Args:
+        ROWS: values of a channel in one tile, a power of two.
+        CHANNELS: channels in one tile, a power of two.
+        VECTOR: values that are certainly adjacent and aligned along the fast axis.
+        DIVISOR: S as a constant where rows must be divided by it, so that it costs a
+            multiplication; 0 where a rank's rows are one run of memory and nothing is divided.
+        LAST: channels are the fast axis.
+        INTERLEAVED: the partition.
+        WIDE: offsets within the share need 64 bits, which costs some 30 registers.
+        RELU: the forward ends in a ReLU; the backward masks the upstream gradient with the
+            output's sign, which it computes from the input.
+    """
+
+    ROWS: int
+    CHANNELS: int
+    VECTOR: int
+    DIVISOR: int
+    LAST: bool
+    INTERLEAVED: bool
+    WIDE: bool
+    RELU: bool
+
+
+def constant(tile: Tile) -> Tile:
+    """Return the tile as constants: Triton 3.6 takes no attribute of one constant for another."""
+    return Tile(*map(tl.constexpr, tile))
+
+
+class Statistics(NamedTuple):
+    """Where the statistics go, and how the running ones move.
+
+    Args:
+        mean: ``Tensor[V, C]``, float32.
+        rstd: ``Tensor[V, C]``, float32.
+        running_mean: ``Tensor[V, C]`` or None.
+        running_var: ``Tensor[V, C]`` or None.
+        counts: ``int64 Tensor[V]``, read if ``momentum`` is None.
+        momentum: float or None.
+        eps: added to the variance.
+    """
+
+    mean: Any
+    rstd: Any
+    running_mean: Any
+    running_var: Any
+    counts: Any
+    momentum: float | None
+    eps: float
+
+
+class Block(NamedTuple):
+    """One rank's share of a block of channels, on the device.
+
+    ``total`` is its number of rows, ``start`` the offset of its first value, ``lanes`` are its
+    channels ``[CHANNELS]``, ``valid`` which of them there are, ``cells`` their places in a
+    ``[V, C]``.
+    """
+
+    rank: Any
+    total: Any
+    start: Any
+    lanes: Any
+    valid: Any
+    cells: Any
+    channels: Any
+    vt_world_size: Any
+
+
+class Affine(NamedTuple):
+    """``(x - mean) * scale + shift``, each ``[CHANNELS]``, on the device."""
+
+    mean: Any
+    scale: Any
+    shift: Any
 
 
 @triton.jit
-def locate(
-    channels,
-    positions,
-    quotient,
-    remainder,
-    CHANNELS: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Return this program's rank, its values, where its share starts, and its channels."""
-    program = tl.program_id(0)
-    if REVERSE:
-        program = tl.num_programs(0) - 1 - program
-    blocks = tl.cdiv(channels, CHANNELS)
+def locate(program, channels, positions, quotient, remainder, vt_world_size, TILE):
+    """Return the block of that program."""
+    blocks = tl.cdiv(channels, TILE.CHANNELS)
     rank = (program // blocks).to(tl.int64)
-    lanes = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    if INTERLEAVED:
+    lanes = program % blocks * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)
+    if TILE.INTERLEAVED:
         first = rank
     else:
         first = rank * quotient + tl.minimum(rank, remainder)
-    values = (quotient + (rank < remainder).to(tl.int64)) * positions
-    if not WIDE:
-        values = values.to(tl.int32)
-    start = first * channels * positions
-    return rank, values, tl.multiple_of(start, VECTOR), lanes
+    total = (quotient + (rank < remainder).to(tl.int64)) * positions
+    if not TILE.WIDE:
+        total = total.to(tl.int32)
+    start = tl.multiple_of(first * channels * positions, TILE.VECTOR)
+    cells = rank * channels + lanes
+    return Block(rank, total, start, lanes, lanes < channels, cells, channels, vt_world_size)
 
 
 @triton.jit
-def place(
-    row,
-    stop,
-    lanes,
-    channels,
-    vt_world_size,
-    ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    LAST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Return offsets and mask ``[ROWS, CHANNELS]`` of the tile that starts at ``row``."""
-    rows = row + tl.arange(0, ROWS)
-    mask = (rows < stop)[:, None] & (lanes < channels)[None, :]
-    if WIDE:
+def place(row, stop, block, TILE):
+    """Return offsets from ``block.start``, and mask, ``[ROWS, CHANNELS]``, of a tile."""
+    rows = row + tl.arange(0, TILE.ROWS)
+    lanes = block.lanes
+    mask = (rows < stop)[:, None] & block.valid[None, :]
+    if TILE.WIDE:
         rows = rows.to(tl.int64)
         lanes = lanes.to(tl.int64)
-    if DIVISOR == 0:
-        offsets = (rows * channels)[:, None] + lanes[None, :]
+    if TILE.DIVISOR == 0:
+        offsets = (rows * block.channels)[:, None] + lanes[None, :]
     else:
-        sample = rows // DIVISOR
-        position = rows - sample * DIVISOR
-        if INTERLEAVED:
-            sample = sample * vt_world_size
-        if LAST:
-            offsets = ((sample * DIVISOR + position) * channels)[:, None] + lanes[None, :]
+        sample = rows // TILE.DIVISOR
+        position = rows - sample * TILE.DIVISOR
+        if TILE.INTERLEAVED:
+            sample = sample * block.vt_world_size
+        if TILE.LAST:
+            offsets = ((sample * TILE.DIVISOR + position) * block.channels)[:, None]
+            offsets = offsets + lanes[None, :]
         else:
-            offsets = (sample * channels * DIVISOR + position)[:, None]
-            offsets = offsets + (lanes * DIVISOR)[None, :]
-    if LAST:
-        offsets = tl.multiple_of(tl.max_contiguous(offsets, (1, VECTOR)), (1, VECTOR))
-        mask = tl.max_constancy(mask, (1, VECTOR))
+            offsets = (sample * block.channels * TILE.DIVISOR + position)[:, None]
+            offsets = offsets + (lanes * TILE.DIVISOR)[None, :]
+    if TILE.LAST:
+        offsets = tl.multiple_of(tl.max_contiguous(offsets, (1, TILE.VECTOR)), (1, TILE.VECTOR))
+        mask = tl.max_constancy(mask, (1, TILE.VECTOR))
     else:
-        offsets = tl.multiple_of(tl.max_contiguous(offsets, (VECTOR, 1)), (VECTOR, 1))
-        mask = tl.max_constancy(mask, (VECTOR, 1))
+        offsets = tl.multiple_of(tl.max_contiguous(offsets, (TILE.VECTOR, 1)), (TILE.VECTOR, 1))
+        mask = tl.max_constancy(mask, (TILE.VECTOR, 1))
     return offsets, mask
 
 
@@ -108,54 +174,67 @@ def merge_lanes(mean, m2, count):
 
 
 @triton.jit
-def finish(
-    mean,
-    m2,
-    values,
-    rank,
-    lanes,
-    channels,
-    mean_out,
-    rstd_out,
-    running_mean,
-    running_var,
-    counts,
-    momentum,
-    eps,
-):
-    """Store a rank's mean and rstd ``[V, C]``, move its running statistics, return rstd."""
-    mask = lanes < channels
-    cell = rank * channels + lanes
+def finish(mean, m2, block, statistics):
+    """Store a rank's mean and rstd, move its running statistics, return rstd."""
     # div_rn and sqrt_rn round as IEEE does; the operators are approximate on the device.
-    var = tl.div_rn(m2, tl.maximum(values, 1).to(tl.float32))
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    tl.store(mean_out + cell, mean, mask=mask)
-    tl.store(rstd_out + cell, rstd, mask=mask)
-    if running_mean is not None:
-        # A rank with no samples keeps its statistics.
-        mask = lanes < tl.where(values > 0, channels, 0)
-        if momentum is None:
-            factor = tl.div_rn(1.0, tl.load(counts + rank).to(tl.float32))
+    var = tl.div_rn(m2, tl.maximum(block.total, 1).to(tl.float32))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + statistics.eps))
+    tl.store(statistics.mean + block.cells, mean, mask=block.valid)
+    tl.store(statistics.rstd + block.cells, rstd, mask=block.valid)
+    if statistics.running_mean is not None:
+        if statistics.momentum is None:
+            factor = tl.div_rn(1.0, tl.load(statistics.counts + block.rank).to(tl.float32))
         else:
-            factor = momentum
-        unbiased = tl.div_rn(m2, tl.maximum(values - 1, 1).to(tl.float32))
-        old = tl.load(running_mean + cell, mask=mask, other=0.0).to(tl.float32)
-        new = old * (1 - factor) + mean * factor
-        tl.store(running_mean + cell, new.to(running_mean.dtype.element_ty), mask=mask)
-        old = tl.load(running_var + cell, mask=mask, other=0.0).to(tl.float32)
-        new = old * (1 - factor) + unbiased * factor
-        tl.store(running_var + cell, new.to(running_var.dtype.element_ty), mask=mask)
+            factor = statistics.momentum
+        unbiased = tl.div_rn(m2, tl.maximum(block.total - 1, 1).to(tl.float32))
+        average_into(statistics.running_mean, mean, factor, block)
+        average_into(statistics.running_var, unbiased, factor, block)
     return rstd
 
 
 @triton.jit
-def load_affine(weight, bias, rstd, lanes, channels):
-    """Return ``rstd * weight`` and ``bias`` of the program's channels."""
-    valid = lanes < channels
+def average_into(running, batch, factor, block):
+    """Move a rank's row of ``running`` towards ``batch``; a rank with no samples keeps it."""
+    mask = block.lanes < tl.where(block.total > 0, block.channels, 0)
+    old = tl.load(running + block.cells, mask=mask, other=0.0).to(tl.float32)
+    new = old * (1 - factor) + batch * factor
+    tl.store(running + block.cells, new.to(running.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(rows, block):
+    """Return the block's channels ``[CHANNELS]`` of a float32 ``[V, C]``.
+
+    From L2 (``.cg``): where another program of the same launch wrote them, L1 may be stale.
+    """
+    return tl.load(rows + block.cells, mask=block.valid, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_affine(weight, bias, mean, rstd, block):
+    """Return what turns the block's input into its output."""
     scale = rstd
     shift = tl.zeros_like(rstd)
     if weight is not None:
-        scale = rstd * tl.load(weight + lanes, mask=valid, other=0.0).to(tl.float32)
+        gamma = tl.load(weight + block.lanes, mask=block.valid, other=0.0)
+        scale = rstd * gamma.to(tl.float32)
     if bias is not None:
-        shift = tl.load(bias + lanes, mask=valid, other=0.0).to(tl.float32)
-    return scale, shift
+        shift = tl.load(bias + block.lanes, mask=block.valid, other=0.0).to(tl.float32)
+    return Affine(mean, scale, shift)
+
+
+@triton.jit
+def transform(value, affine):
+    """Return the output ``[ROWS, CHANNELS]`` in float32, before residual and ReLU.
+
+    The multiplication is fused by name, not at the compiler's discretion: the backward
+    computes the sign of the output again and must find the forward's bits.
+    """
+    centred = value.to(tl.float32) - affine.mean[None, :]
+    return tl.fma(centred, affine.scale[None, :], affine.shift[None, :])
+
+
+@triton.jit
+def rectify(grad, output):
+    """Return ``grad`` where ReLU lets it through: as torch does, also where output is NaN."""
+    return tl.where(output.to(tl.float32) <= 0.0, tl.zeros_like(grad), grad)

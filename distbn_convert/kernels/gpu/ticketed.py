@@ -1,0 +1,182 @@
+"""Kernels that read a share twice in one launch, ``depth`` slabs apart, the second time from L2.
+
+For channels_last maps that are too large for registers. A *slab* is one rank's share of a block
+of channels; it is cut into ``splits`` pieces, and each piece is visited by two programs: one
+gathers its statistics, the other applies those of its whole slab. Programs take tickets, and
+tickets are dealt so that slab ``k`` is applied right after the statistics of slab ``k + depth``
+are gathered: with ``depth`` slabs in L2, what is applied is still there, and there is always
+other work between a slab's statistics and the wait for them.
+
+Why no program waits forever: one waits only for statistics whose tickets come before its own. A
+ticket is taken by a program that runs already, and one that gathers never waits, so that those
+all end, however few programs run at once. The order of ``program_id`` is not relied upon.
+
+Why what is read is what was written: ``sync`` holds one counter for each slab.
+
+1. A gathering program stores its partial results; ``debug_barrier`` orders the stores of all its
+   threads before the one thread that counts the piece as arrived (``acq_rel``, gpu scope).
+2. The last to arrive has read the counts of all others with its own, which acquires what they
+   released; it reads their partials, merges them in the order of the pieces, whoever it is, so that
+   the bits repeat, stores the result and counts once more (``release``).
+3. An applying program reads the counter (``acquire``) until that last count is there. Its
+   barrier orders the loads of all its threads behind it. Release and acquire are cumulative, so
+   that it also sees what the gathering programs stored for it (``grad_residual``).
+
+An acquire is what invalidates L1 (``CCTL.IVALL`` in the machine code); the few numbers that other
+programs have stored are loaded past it in any case (``.cg``).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .split import merge_pieces, piece_of, store_partials, sum_pieces
+from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
+from .tiles import finish, load_affine, load_row, locate
+
+__all__ = ["ticketed_backward", "ticketed_forward"]
+
+
+@triton.jit
+def take_ticket(sync, splits, depth):
+    """Return whether to gather, which slab and which of its pieces.
+
+    Phases of ``splits`` tickets: gather slabs 0 to ``depth - 1``, then apply one and gather one
+    in turn, then apply the last ``depth``.
+    """
+    slabs = tl.num_programs(0) // (2 * splits)
+    # No order is needed beyond that of this one counter.
+    ticket = tl.atomic_add(sync + slabs, 1, sem="relaxed")
+    phase = ticket // splits
+    after = tl.maximum(phase - depth, 0)
+    paired = after < 2 * (slabs - depth)
+    gathers = (phase < depth) | (paired & (after % 2 == 1))
+    slab = tl.where(paired, after // 2, after - (slabs - depth))
+    slab = tl.where(gathers, tl.where(phase < depth, phase, depth + after // 2), slab)
+    return gathers, slab, ticket - phase * splits
+
+
+@triton.jit
+def arrive(counter):
+    """Count this program's piece as stored; return how many were before it."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def announce(counter):
+    """Say that the slab's statistics are stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_statistics(counter, splits):
+    """Wait until the slab's statistics are stored."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") <= splits:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit(
+    do_not_specialize=[
+        "positions", "quotient", "remainder", "vt_world_size", "size", "splits", "depth",
+    ]
+)  # fmt: skip
+def ticketed_forward(
+    x,  # [N, C, S] in either layout
+    y,  # as x
+    weight,  # [C] or None
+    bias,  # [C] or None
+    residual,  # as x, or None
+    statistics,
+    partials,  # [splits, 2, V, C] float32: mean and sum of squared deviations
+    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    size,  # rows of a piece
+    splits,
+    depth,  # slabs between the two visits, at most all
+    channels,
+    positions,
+    quotient,
+    remainder,
+    vt_world_size,
+    SPLITS: tl.constexpr,
+    TILE,
+):
+    """Normalise: one program gathers moments of a piece, another normalises it."""
+    gathers, slab, split = take_ticket(sync, splits, depth)
+    block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    counter = sync + slab
+    if gathers:
+        mean, m2 = lane_moments(x, begin, stop, block, TILE)
+        store_partials(partials, mean, m2, split, block)
+        if arrive(counter) == splits - 1:
+            mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
+            finish(mean, m2, block, statistics)
+            announce(counter)
+    else:
+        await_statistics(counter, splits)
+        mean, rstd = load_row(statistics.mean, block), load_row(statistics.rstd, block)
+        affine = load_affine(weight, bias, mean, rstd, block)
+        normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "positions", "quotient", "remainder", "vt_world_size", "size", "splits", "depth",
+    ]
+)  # fmt: skip
+def ticketed_backward(
+    x,  # [N, C, S] in either layout
+    dy,  # as x
+    output,  # as x, or None: not to be masked, or by what TILE.RELU computes
+    dx,  # as x
+    grad_residual,  # as x, written if there is an output
+    weight,  # [C] or None
+    bias,  # [C] or None, read for TILE.RELU
+    mean_in,  # [V, C] float32
+    rstd_in,  # [V, C] float32
+    sum_dy_out,  # [V, C] float32: each rank's share of dbias
+    sum_dy_x_out,  # [V, C] float32: and of dweight
+    partials,  # [splits, 2, V, C] float32: the two sums of each piece
+    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    size,  # rows of a piece
+    splits,
+    depth,  # slabs between the two visits, at most all
+    channels,
+    positions,
+    quotient,
+    remainder,
+    vt_world_size,
+    SPLITS: tl.constexpr,
+    TILE,
+):
+    """Differentiate: one program gathers the sums of a piece, another writes its gradient."""
+    gathers, slab, split = take_ticket(sync, splits, depth)
+    block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    counter = sync + slab
+    if gathers:
+        rstd = load_row(rstd_in, block)
+        affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+        sum_dy, sum_dy_x = lane_gradients(
+            x, dy, output, grad_residual, affine, begin, stop, block, TILE
+        )
+        store_partials(partials, sum_dy, sum_dy_x * rstd, split, block)
+        if arrive(counter) == splits - 1:
+            sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
+            tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
+            tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+            announce(counter)
+    else:
+        await_statistics(counter, splits)
+        rstd = load_row(rstd_in, block)
+        affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+        count = tl.maximum(block.total, 1).to(tl.float32)
+        mean_dy = tl.div_rn(load_row(sum_dy_out, block), count)
+        slope = tl.div_rn(load_row(sum_dy_x_out, block), count) * rstd
+        if output is not None:
+            dy = grad_residual
+        differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)
