@@ -2,7 +2,10 @@
 
 Each figure is of a process of its own; times are without importing torch. The memory is anonymous
 (the peak of RssAnon beyond that after importing torch): the pages of a mapped file can be dropped
-at any time and are not counted. The baseline is torch.load(mmap=True) and torch.save to a file.
+at any time and are not counted. The baselines are torch.load(mmap=True) and torch.save, or
+load_file and save_file of safetensors: alone for what runs with --no-fsync, followed by an fsync
+for what does not. The order of the variants is another in each round. Ratios are of the fastest
+runs, and of the medians: what else the machine does only ever adds time.
 
     python scripts/bench_checkpoint.py --gigabytes 2 --folder /data
 """
@@ -13,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from pathlib import Path
 
 LAYER = (512, 512, 3, 3)  # of one convolution, followed by a BatchNorm
 RANKS = 8
+OURS = tuple(f"distbn_convert.checkpoint.{name}" for name in ("api", "edit", "torchstore"))
 
 
 def main() -> None:
@@ -49,9 +54,9 @@ def run_all(folder: Path, gigabytes: float, repeat: int) -> None:
     size = (folder / "in.pth").stat().st_size
     print(f"{size / 1e9:.2f} GB, V = {RANKS}, torch {torch.__version__}, {os.cpu_count()} cores")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    run_one(next(iter(VARIANTS)), folder)  # the first reads from the disk, not from memory
+    order = random.Random(0)
     for _ in range(repeat):
-        for name in VARIANTS:
+        for name in order.sample(list(VARIANTS), len(VARIANTS)):
             results[name].append(run_one(name, folder))
     report(results)
 
@@ -64,24 +69,25 @@ def run_one(name: str, folder: Path) -> dict[str, float]:
 
 
 def report(results: dict[str, list[dict[str, float]]]) -> None:
-    """Print medians; ratios are to the baseline of the same round."""
-    baseline = next(iter(results.values()))
-    print(f"{'':34}  seconds (range)       ratio  processor s  ratio  anonymous GB")
+    """Print the fastest run and the median, and their ratios to the baseline above."""
+    print(f"{'':36}  fastest s  ratio  median s  ratio  processor s  anonymous GB")
     for name, runs in results.items():
-        seconds = sorted(run["seconds"] for run in runs)
-        spread = f"{statistics.median(seconds):.2f} ({seconds[0]:.2f}-{seconds[-1]:.2f})"
-        processor = statistics.median(run["processor"] for run in runs)
-        ratios = [
-            statistics.median(
-                run[key] / base[key] for run, base in zip(runs, baseline, strict=True)
-            )
-            for key in ("seconds", "processor")
+        base = results[VARIANTS[name][1] or name]
+        cells = [
+            f"{of(runs):{width}.2f}  {of(runs) / of(base):5.2f}"
+            for of, width in ((fastest, 9), (middle, 8))
         ]
+        processor = min(run["processor"] for run in runs)
         memory = max(run["anonymous"] for run in runs) / 1e9
-        print(
-            f"{name:34}  {spread:20}  {ratios[0]:5.2f}  {processor:11.2f}  {ratios[1]:5.2f}"
-            f"  {memory:12.2f}"
-        )
+        print(f"{name:36}  {'  '.join(cells)}  {processor:11.2f}  {memory:12.2f}")
+
+
+def fastest(runs: list[dict[str, float]]) -> float:
+    return min(run["seconds"] for run in runs)
+
+
+def middle(runs: list[dict[str, float]]) -> float:
+    return statistics.median(run["seconds"] for run in runs)
 
 
 def make_checkpoints(folder: Path, gigabytes: float) -> None:
@@ -108,10 +114,19 @@ def torch_alone(folder: Path) -> None:
     torch.save(content, folder / "out.pth")
 
 
-def torch_alone_to_disk(folder: Path) -> None:
-    torch_alone(folder)
-    with open(folder / "out.pth", "rb") as file:
-        os.fsync(file.fileno())
+def safetensors_alone(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(folder / "in.safetensors"), folder / "out.safetensors")
+
+
+def to_disk(name: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        write(folder)
+        with open(folder / f"out.{name}", "rb") as file:
+            os.fsync(file.fileno())
+
+    return run
 
 
 def convert(name: str, **options: bool) -> Callable[[Path], None]:
@@ -123,20 +138,25 @@ def convert(name: str, **options: bool) -> Callable[[Path], None]:
     return run
 
 
-VARIANTS: dict[str, Callable[[Path], None]] = {
-    "torch.load + torch.save": torch_alone,
-    "torch.load + torch.save + fsync": torch_alone_to_disk,
-    "convert --no-fsync --no-verify": convert("pth", fsync=False, verify=False),
-    "convert --no-fsync": convert("pth", fsync=False),
-    "convert": convert("pth"),
-    "convert safetensors --no-fsync": convert("safetensors", fsync=False),
-    "convert safetensors": convert("safetensors"),
+# By name, what runs and the name of what it is compared with.
+VARIANTS: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "torch.load + torch.save": (torch_alone, None),
+    "convert --no-fsync": (convert("pth", fsync=False), "torch.load + torch.save"),
+    "torch.load + torch.save + fsync": (to_disk("pth", torch_alone), None),
+    "convert": (convert("pth"), "torch.load + torch.save + fsync"),
+    "load_file + save_file": (safetensors_alone, None),
+    "convert safetensors --no-fsync": (
+        convert("safetensors", fsync=False),
+        "load_file + save_file",
+    ),
+    "load_file + save_file + fsync": (to_disk("safetensors", safetensors_alone), None),
+    "convert safetensors": (convert("safetensors"), "load_file + save_file + fsync"),
 }
 
 
 def measure(variant: str, folder: Path) -> dict[str, float]:
     """Run one variant in this process."""
-    for module in ("torch", "distbn_convert.checkpoint.api", "distbn_convert.checkpoint.edit"):
+    for module in ("torch", "safetensors.torch", *OURS):
         importlib.import_module(module)
     for out in folder.glob("out.*"):
         out.unlink()
@@ -151,7 +171,7 @@ def measure(variant: str, folder: Path) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started, busy = time.perf_counter(), time.process_time()
-    VARIANTS[variant](folder)
+    VARIANTS[variant][0](folder)
     seconds, processor = time.perf_counter() - started, time.process_time() - busy
     stopped.set()
     watcher.join()

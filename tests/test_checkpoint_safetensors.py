@@ -29,6 +29,7 @@ from distbn_convert.checkpoint.safetensors import (
     rewrite,
     write,
 )
+from distbn_convert.checkpoint.stream import Sink, Source
 from distbn_convert.errors import FileAccessError, ReadError, RefusedError
 
 DTYPES = [
@@ -151,30 +152,51 @@ def test_a_batch_norm_becomes_virtual_in_a_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", ["other file system", "not there", "stops half-way"])
+@pytest.mark.parametrize("way", ["copy_file_range", "pwrite"])
 def test_without_the_kernels_help_the_bytes_are_the_same(
-    tmp_path: Path, reason: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file({"a": torch.randn(5_000_000), "b": torch.randn(7)}, source)
-    real = getattr(os, "copy_file_range", None)
+    real = getattr(os, way, None)
     calls = []
 
-    def fail(source: int, target: int, count: int, start: int, position: int) -> int:
-        calls.append(count)
+    def fail(*arguments: Any) -> int:
+        calls.append(arguments)
         if reason == "stops half-way" and len(calls) == 1:
-            return real(source, target, 1000, start, position)
+            if way == "pwrite":
+                return real(arguments[0], arguments[1][:1000], arguments[2])
+            return real(*arguments[:2], 1000, *arguments[3:])
         raise OSError(18, "Invalid cross-device link")
 
     if reason == "not there":
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
+        monkeypatch.delattr(os, way, raising=False)
     elif real is None:
-        pytest.skip("this system has no copy_file_range")
+        pytest.skip(f"this system has no {way}")
     else:
-        monkeypatch.setattr(os, "copy_file_range", fail)
+        monkeypatch.setattr(os, way, fail)
     with atomic_output(target) as out:
-        rewrite(source, out, read_header(source), {})
+        if way == "pwrite":  # the data begin in the midst of a block
+            rewrite(source, out, read_header(source), {})
+        else:
+            with Source(source) as whole:
+                Sink(out, whole.size).copy(whole, 0, whole.size)
     assert target.read_bytes() == source.read_bytes()
     assert bool(calls) == (reason != "not there")
+
+
+def test_a_source_that_is_cut_short_meanwhile_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(1 << 24))
+    opened = Source(source).__enter__()
+    with open(tmp_path / "out", "wb") as out:
+        assert opened.copier(out.fileno(), False) is not None  # mapped before it shrinks
+        os.truncate(source, 1 << 22)
+        out.write(b"x")
+        with pytest.raises(ReadError, match="changed while it was read"):
+            Sink(out, opened.size).copy(opened, 0, opened.size)
+    with pytest.raises(ReadError, match="changed while it was read"):
+        opened.__exit__(None)
 
 
 def header_bytes(header: object, data: bytes = b"") -> bytes:

@@ -56,7 +56,7 @@ def atomic_output(
         fsync: **bool**, wait until the disk holds the file and its name. Default: True
 
     Yields:
-        io.BufferedWriter: binary, with a buffer of 16 MB.
+        io.BufferedWriter: binary; what is larger than a megabyte goes to the system uncopied.
 
     Raises:
         OutputExistsError: ``path`` exists and ``overwrite`` is False, also if it appears meanwhile.

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import ReadError
 from .places import StrPath, access_error
 
-__all__ = ["check_zip"]
+__all__ = ["check_zip", "checksum_of"]
 
 _CHUNK = 1 << 20  # bytes; stays in the processor's cache
 _LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, two lengths at its end
 
 
-def check_zip(path: StrPath, called: StrPath | None = None) -> int:
+def check_zip(
+    path: StrPath,
+    called: StrPath | None = None,
+    known: Mapping[tuple[int, int], int | None] | None = None,
+) -> int:
     """Compare each member of a zip with its checksum, on all processors.
 
     Args:
         path: **path** of the zip.
         called: **path**, its name in messages. Default: None, ``path``
+        known: by start and length, checksums of parts that were read already. Default: none
 
     Returns:
         int: the number of members that have a checksum; torch can be told to write none.
@@ -37,7 +44,7 @@ def check_zip(path: StrPath, called: StrPath | None = None) -> int:
         with zipfile.ZipFile(path) as archive:
             infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            sound = threads.map(lambda info: _is_sound(Path(path), info), infos)
+            sound = threads.map(lambda info: _is_sound(Path(path), info, known or {}), infos)
             damaged = [info for info, is_sound in zip(infos, sound, strict=True) if not is_sound]
     except OSError as error:
         raise access_error(f"cannot read {called}", error) from error
@@ -51,25 +58,34 @@ def check_zip(path: StrPath, called: StrPath | None = None) -> int:
     return len(infos)
 
 
-def _is_sound(path: Path, info: zipfile.ZipInfo) -> bool:
+def checksum_of(file: io.FileIO, start: int, length: int) -> int | None:
+    """Return the checksum of a part of a file; None if the file is cut short."""
+    buffer = memoryview(bytearray(min(_CHUNK, length)))
+    checksum = 0
+    file.seek(start)
+    while length:
+        count = file.readinto(buffer[: min(length, _CHUNK)])
+        if not count:
+            return None
+        checksum = zlib.crc32(buffer[:count], checksum)
+        length -= count
+    return checksum
+
+
+def _is_sound(
+    path: Path, info: zipfile.ZipInfo, known: Mapping[tuple[int, int], int | None]
+) -> bool:
     if info.compress_type != zipfile.ZIP_STORED:
         return _is_sound_compressed(path, info)
-    buffer = memoryview(bytearray(min(_CHUNK, info.file_size)))
-    checksum, left = 0, info.file_size
     with open(path, "rb", buffering=0) as file:
         file.seek(info.header_offset)
         header = file.read(_LOCAL.size)
         if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
             return False
         _, name, extra = _LOCAL.unpack(header)
-        file.seek(info.header_offset + _LOCAL.size + name + extra)
-        while left:
-            count = file.readinto(buffer[: min(left, _CHUNK)])
-            if not count:
-                return False
-            checksum = zlib.crc32(buffer[:count], checksum)
-            left -= count
-    return checksum == info.CRC
+        part = info.header_offset + _LOCAL.size + name + extra, info.file_size
+        found = known[part] if part in known else checksum_of(file, *part)
+        return found == info.CRC
 
 
 def _is_sound_compressed(path: Path, info: zipfile.ZipInfo) -> bool:

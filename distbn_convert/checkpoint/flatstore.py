@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .atomic import atomic_output
-from .flush import flushing
 from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
+from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite
 from .stores import Mappings, WriteOptions, read_back_error
 
@@ -23,7 +22,6 @@ __all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
-_CHUNK = 1 << 20  # bytes; two of them stay in the processor's cache
 
 
 class FlatStore:
@@ -60,13 +58,14 @@ class FlatStore:
         """Copy the file with the replacements."""
         new = {key: tensor for (_, key), tensor in replacements.items()}
         expected = self.header.size + sum(tensor.nbytes for tensor in new.values())
-        with atomic_output(
+        output = atomic_output(
             dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
-        ) as stream:
-            rewrite(self.path, stream, self.header, new, progress=options.progress)
-            if options.verify:
-                with flushing(stream, options.fsync):
-                    check_rewritten(self.path, self.header, Path(stream.name), new, dst)
+        )
+        with output as stream, reading_back(stream, options.verify, self.path) as back:
+            rewrite(self.path, stream, self.header, new, progress=options.progress, back=back)
+            if back is not None:
+                stream.flush()
+                check_rewritten(self.path, self.header, Path(stream.name), new, dst, back)
             options.before_publish()
 
 
@@ -95,9 +94,22 @@ def numbers(path: Path, header: Header, name: str) -> list[float]:
 
 
 def check_rewritten(
-    src: Path, old: Header, written: Path, replacements: dict[str, Tensor], dst: Path
+    src: Path,
+    old: Header,
+    written: Path,
+    replacements: dict[str, Tensor],
+    dst: Path,
+    back: ReadBack | None = None,
 ) -> None:
     """Read a rewritten file back: the replacements are in it, all else is as it was.
+
+    Args:
+        src: the file that it was made of.
+        old: its header.
+        written: the new file.
+        replacements: by name, the new tensors.
+        dst: the new file's name in messages.
+        back: what was read back while it was written. Default: None, nothing
 
     Raises:
         VerificationError: it is not.
@@ -111,36 +123,14 @@ def check_rewritten(
             if name in replacements:
                 same = _holds(written, new, name, replacements[name])
             else:
-                source.seek(old.start + before.start)
-                copy.seek(new.start + info.start)
+                start, source_start = new.start + info.start, old.start + before.start
                 same = (info.dtype, info.shape) == (before.dtype, before.shape)
-                same = same and _same_bytes(source, copy, info.nbytes)
+                if same and not (back and back.is_copy(start, info.nbytes, source_start)):
+                    source.seek(source_start)
+                    copy.seek(start)
+                    same = same_bytes_of(source, copy, info.nbytes)
             if not same:
                 raise read_back_error(dst, name)
-
-
-def _same_bytes(one: io.FileIO, other: io.FileIO, length: int) -> bool:
-    """Compare the next bytes of two files; one that is cut short is not the same."""
-    first, second = bytearray(min(length, _CHUNK)), bytearray(min(length, _CHUNK))
-    while length:
-        size = min(length, _CHUNK)
-        if size < len(first):
-            first, second = bytearray(size), bytearray(size)
-        if _fill(one, first) != size or _fill(other, second) != size or first != second:
-            return False
-        length -= size
-    return True
-
-
-def _fill(file: io.FileIO, buffer: bytearray) -> int:
-    view = memoryview(buffer)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(view[done:])
-        if not count:
-            break
-        done += count
-    return done
 
 
 def _holds(path: Path, header: Header, name: str, tensor: Tensor) -> bool:

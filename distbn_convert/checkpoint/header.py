@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import ReadError
@@ -67,7 +68,7 @@ class Header:
     metadata: Mapping[str, str] | None
     start: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The size of the whole file in bytes."""
         return self.start + max((info.stop for info in self.tensors.values()), default=0)

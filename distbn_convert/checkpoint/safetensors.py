@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .readback import ReadBack
+
 __all__ = [
     "Header",
     "TensorInfo",
@@ -80,6 +82,7 @@ def rewrite(
     replacements: Mapping[str, Tensor],
     *,
     progress: Progress | None = None,
+    back: ReadBack | None = None,
 ) -> Header:
     """Copy a file with some tensors replaced; all other bytes, names, order and metadata stay.
 
@@ -89,6 +92,7 @@ def rewrite(
         header: **Header** of ``src``.
         replacements: by name, **Tensor** on the CPU; shape and dtype may differ from the old ones.
         progress: **callable(bytes written, bytes in all)**. Default: None
+        back: **ReadBack**, compares what is copied meanwhile. Default: None
 
     Returns:
         Header: of what was written.
@@ -104,7 +108,7 @@ def rewrite(
     new = lay_out(
         (changed.get(info.name, info) for info in header.tensors.values()), header.metadata
     )
-    sink = Sink(out, new.size, progress)
+    sink = Sink(out, new.size, progress, back)
     sink.write(encode_header(new))
     with Source(src, header.size) as source:
         for start, stop, name in _runs(header, replacements):

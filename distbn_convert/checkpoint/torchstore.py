@@ -9,17 +9,20 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..errors import ReadError
 from .atomic import atomic_output
 from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
-from .flush import flushing
 from .groups import Group
+from .readback import ReadBack, reading_back
 from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, walk_leaves, walk_mappings
 
 __all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
+
+_LARGE = 1 << 18  # bytes; what is smaller is read back at the end
 
 
 class TreeStore:
@@ -100,29 +103,33 @@ def write_tree(
     Raises:
         VerificationError: what was read back is not what was meant.
     """
-    with atomic_output(
+    output = atomic_output(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
-    ) as stream:
-        save_torch(file, Counted(stream, options.progress, expected))
-        if options.verify:
-            with flushing(stream, options.fsync):
-                _read_back(Path(stream.name), file, dst, reading)
+    )
+    with output as stream, reading_back(stream, options.verify) as back:
+        save_torch(file, Counted(stream, options.progress, expected, back))
+        if back is not None:
+            stream.flush()
+            try:
+                check_zip(stream.name, dst, back.checksums())
+                again = load_torch(
+                    Path(stream.name),
+                    opaque=reading.opaque,
+                    allow_globals=reading.allow_globals,
+                    allow_compressed=True,
+                )
+            except ReadError as error:
+                raise read_back_error(dst, "a checksum") from error
+            _compare(file, again, dst)
         options.before_publish()
 
 
-def _read_back(written: Path, file: TorchFile, dst: Path, options: ReadOptions) -> None:
-    """Compare what was written with what was meant.
+def _compare(file: TorchFile, again: TorchFile, dst: Path) -> None:
+    """Compare what was read back with what was meant.
 
-    Every byte is compared with the checksum that torch took from memory; of large tensors, which
+    Every byte was compared with the checksum that torch took from memory; of large tensors, which
     those bytes are, the two ends are compared as well, in case they changed places.
     """
-    check_zip(written, dst)
-    again = load_torch(
-        written,
-        opaque=options.opaque,
-        allow_globals=options.allow_globals,
-        allow_compressed=True,
-    )
     ends = torch.serialization.get_crc32_options()
     difference = first_difference(file.tree, again.tree, ends=ends)
     if difference is not None:
@@ -130,16 +137,25 @@ def _read_back(written: Path, file: TorchFile, dst: Path, options: ReadOptions) 
 
 
 class Counted:
-    """A file that tells how much was written to it."""
+    """A file that tells how much was written to it, and has large parts read back at once."""
 
-    def __init__(self, file: IO[bytes], progress: Progress | None, expected: int) -> None:
-        self._file, self._progress, self._expected = file, progress, expected
+    def __init__(
+        self,
+        file: IO[bytes],
+        progress: Progress | None,
+        expected: int,
+        back: ReadBack | None = None,
+    ) -> None:
+        self._file, self._progress, self._expected, self._back = file, progress, expected, back
         self._written = 0
         self.flush = file.flush
 
     def write(self, data: Any) -> int:
         """Write, then tell."""
         size = self._file.write(data)
+        if self._back is not None and size >= _LARGE:
+            self._file.flush()
+            self._back.take_checksum(self._written, size)
         self._written += size
         if self._progress is not None:
             self._progress(self._written, self._expected)
