@@ -231,6 +231,38 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(
     assert all((fence[:128] == 7).all() and (fence[-128:] == 7).all() for _, fence in rows)
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [64, 63])
+def test_large_outputs_are_written_past_the_caches_to_any_address(
+    side: int, layout: str, dtype: torch.dtype, offset: int
+) -> None:
+    """From 16 MiB on; runs of 64 x 64 positions are whole cache lines, those of 63 x 63 are not."""
+    channels = 32 * (2**24 // (4 * side**2 * dtype.itemsize * 32) + 1)
+    input, upstream = make_case((4, channels, side, side), dtype, layout)
+    assert input.nbytes >= 2**24
+    mean, rstd = torch.empty(2, 2, channels)
+    sums = torch.empty(2, channels).unbind()
+
+    def written(call: Any, *arguments: Any) -> Tensor:
+        memory = torch.full((input.numel() + 64,), 7.0, dtype=dtype)
+        output = memory.as_strided(input.shape, input.stride(), offset)
+        call(output, *arguments, False, layout == "channels_last")
+        assert (memory[:offset] == 7).all()
+        assert (memory[offset + input.numel() :] == 7).all()
+        return output
+
+    ops = torch.ops.distbn_convert_cpu
+    output = written(ops.forward, mean, rstd, input, *(None,) * 5, 0.1, 1e-5)
+    gradient = written(ops.backward, *sums, upstream, input, None, mean, rstd)
+    expected = reference.forward(input, *(None,) * 6, 0.1, 1e-5, 2, False, False)[0]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+    expected = reference.backward(upstream, input, None, None, None, mean, rstd, 2, False, False)[0]
+    torch.testing.assert_close(gradient, expected, atol=tolerance, rtol=tolerance)
+
+
 def test_running_statistics_that_are_views_are_updated_in_place() -> None:
     input = torch.randn(8, 6, 3)
     rows = torch.zeros(6, 8)[:, ::2].T, torch.ones(4, 6)

@@ -21,7 +21,7 @@ struct ColumnsForward : ColumnsBase<T> {
 
   ColumnsForward(const Problem& p, bool channels_last, const T* input, T* output,
                  const ForwardStatistics& s)
-      : Base(p, 1, 3, channels_last), input(input), output(output), statistics(s) {}
+      : Base(p, 1, 3, channels_last, output), input(input), output(output), statistics(s) {}
 
   // The means of the first rows of a chunk, to subtract before squaring.
   void head_means(const Group& g, Chunk chunk, A* means) const {
@@ -106,7 +106,8 @@ struct ColumnsForward : ColumnsBase<T> {
               const int64_t at = start + r * g.row_stride + i;
               store(output + at, (load(input + at) - mean) * scale + shift);
             }
-          });
+          },
+          this->streamed);
         },
         [] {});
   }
@@ -126,7 +127,7 @@ struct ColumnsBackward : ColumnsBase<T> {
 
   ColumnsBackward(const Problem& p, bool channels_last, const T* grad_output, const T* input,
                   T* grad_input, const BackwardStatistics& s)
-      : Base(p, 2, 4, channels_last),
+      : Base(p, 2, 4, channels_last, grad_input),
         grad_output(grad_output),
         input(input),
         grad_input(grad_input),
@@ -194,7 +195,8 @@ struct ColumnsBackward : ColumnsBase<T> {
               const V dy = load(grad_output + at);
               store(grad_input + at, (load(input + at) - mean) * slope + (dy * scale + offset));
             }
-          });
+          },
+          this->streamed);
         },
         [] {});
   }

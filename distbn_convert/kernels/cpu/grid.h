@@ -62,8 +62,10 @@ struct ColumnsBase {
   Problem problem;
   Grid grid;
   int64_t padded, groups, max_chunks, partial_size, coefficient_size, work_size;
+  bool streamed;  // only where no cache line is shared between rows or blocks
 
-  ColumnsBase(const Problem& p, int64_t tensors, int64_t coefficients, bool channels_last)
+  ColumnsBase(const Problem& p, int64_t tensors, int64_t coefficients, bool channels_last,
+              const T* output)
       : problem(p),
         grid(p, tensors * int64_t(sizeof(T)), channels_last),
         padded(ceil_div(grid.block, L) * L),
@@ -71,7 +73,10 @@ struct ColumnsBase {
         max_chunks(group(0).chunks.count()),
         partial_size(2 * padded),
         coefficient_size(coefficients * padded),
-        work_size(6 * padded) {}
+        work_size(6 * padded),
+        streamed(streams<T>(p) && to_next_line(output) == 0 &&
+                 grid.width * int64_t(sizeof(T)) % kLineBytes == 0 &&
+                 grid.block * int64_t(sizeof(T)) % kLineBytes == 0) {}
 
   // Columns of one rank: runs of `length` rows that are row_stride apart.
   struct Group {
@@ -142,13 +147,13 @@ struct ColumnsBase {
 
   // Calls columns(i, load, store) for each vector of columns; the last one may be part of one.
   template <class Columns>
-  static INLINE void each_vector(int64_t columns, const Columns& body) {
+  static INLINE void each_vector(int64_t columns, const Columns& body, bool streamed = false) {
+    const auto whole = [](const T* p) INLINE_LAMBDA { return load(p); };
     int64_t i = 0;
-    for (; i + L <= columns; i += L) {
-      body(
-          i, [](const T* p) INLINE_LAMBDA { return load(p); },
-          [](T* p, V v) INLINE_LAMBDA { store(p, v); });
+    if (streamed) {
+      for (; i + L <= columns; i += L) body(i, whole, [](T* p, V v) INLINE_LAMBDA { stream(p, v); });
     }
+    for (; i + L <= columns; i += L) body(i, whole, [](T* p, V v) INLINE_LAMBDA { store(p, v); });
     if (const int64_t rest = columns - i) {
       body(
           i, [=](const T* p) INLINE_LAMBDA { return load(p, rest); },

@@ -9,10 +9,14 @@
 namespace distbn {
 
 constexpr int64_t kRowsChunk = 16384;
-// Values that give a chunk's shift; a sum of squares around it loses at most log2(chunk / head) bits.
-constexpr int64_t kRowsHead = 1024;
+// The part of a chunk's values that gives its shift; a sum of squares around it loses at most log2 of
+// this many bits.
+constexpr int64_t kRowsHeadPart = 16;
 // Values summed in float32 lanes (64 of them) before the sums go to double.
 constexpr int64_t kRowsFlush = 4096;
+// Shorter runs are not streamed: too many of their lines are shared with the next channel's run, and
+// a line that is partly streamed costs more than one that is not.
+constexpr int64_t kStreamRunBytes = 512;
 
 template <class T>
 struct RowsBase {
@@ -23,12 +27,14 @@ struct RowsBase {
   Problem problem;
   Cut cut;
   int64_t groups, max_chunks, partial_size = 2, coefficient_size = 4, work_size = 0;
+  bool streamed;
 
   explicit RowsBase(const Problem& p)
       : problem(p),
         cut(p.positions, kRowsChunk),
         groups(p.ranks * p.channels),
-        max_chunks(group(0).chunks.count()) {}
+        max_chunks(group(0).chunks.count()),
+        streamed(streams<T>(p) && p.positions * int64_t(sizeof(T)) >= kStreamRunBytes) {}
 
   // One channel of one rank: its first run begins at offset, the next ones stride further on.
   struct Group {
@@ -55,9 +61,41 @@ struct RowsBase {
       full(2, i + 2 * L);
       full(3, i + 3 * L);
     }
-    for (int lane = 0; i + L <= size; i += L) full(lane++, i);
+    if (i + 2 * L <= size) {
+      full(0, i);
+      full(1, i + L);
+      i += 2 * L;
+    }
+    if (i + L <= size) {
+      full(2, i);
+      i += L;
+    }
     if (i < size) part(3, i, size - i);
   }
+
+  // Writes make(offset), a vector, or make(offset, count), its first lanes, to each place of a run.
+  template <class Make>
+  INLINE void write_run(T* run, int64_t size, const Make& make) const {
+    if (streamed) {
+      const int64_t head = std::min(size, to_next_line(run));
+      write(run, 0, head, make, [](T* p, V v) INLINE_LAMBDA { store(p, v); });
+      write(run, head, size, make, [](T* p, V v) INLINE_LAMBDA { stream(p, v); });
+    } else {
+      write(run, 0, size, make, [](T* p, V v) INLINE_LAMBDA { store(p, v); });
+    }
+  }
+
+ private:
+  template <class Make, class Put>
+  static INLINE void write(T* run, int64_t i, int64_t size, const Make& make, const Put& put) {
+    for (; i + 4 * L <= size; i += 4 * L) {
+      for (int k = 0; k < 4; ++k) put(run + i + k * L, make(i + k * L));
+    }
+    for (; i + L <= size; i += L) put(run + i, make(i));
+    if (i < size) store(run + i, make(i, size - i), size - i);
+  }
+
+ public:
 
   // Calls block(p) for each run of a chunk, cut to kRowsFlush values, and flush() between them.
   template <class Block, class Flush>
@@ -107,9 +145,9 @@ struct RowsForward : RowsBase<T> {
 
   // The mean of the first values of a chunk, to subtract before squaring.
   A head_mean(const T* p, int64_t stride, const Chunk& chunk) const {
-    const int64_t length = std::min(chunk.end - chunk.begin, kRowsHead);
-    const int64_t runs =
-        std::min(chunk.last_run - chunk.first_run, std::max<int64_t>(1, kRowsHead / length));
+    const int64_t values = ceil_div(chunk.size(), kRowsHeadPart);
+    const int64_t length = std::min(chunk.end - chunk.begin, values);
+    const int64_t runs = std::min(chunk.last_run - chunk.first_run, ceil_div(values, length));
     LaneSums<A> sums;
     for (int64_t run = chunk.first_run; run < chunk.first_run + runs; ++run) {
       const T* q = p + run * stride + chunk.begin;
@@ -165,14 +203,9 @@ struct RowsForward : RowsBase<T> {
     const V shift = splat(coefficients[2]);
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = group.offset + run * group.stride + chunk.begin;
-      const T* p = input + start;
-      T* q = output + start;
-      Base::each_vector(
-          chunk.end - chunk.begin,
-          [&](int, int64_t i) { store(q + i, (load(p + i) - mean) * scale + shift); },
-          [&](int, int64_t i, int64_t count) {
-            store(q + i, (load(p + i, count) - mean) * scale + shift, count);
-          });
+      this->write_run(output + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
+        return (load(input + start + i, count...) - mean) * scale + shift;
+      });
     }
   }
 };
@@ -242,16 +275,10 @@ struct RowsBackward : RowsBase<T> {
     const V slope = splat(coefficients[2]), constant = splat(coefficients[3]);
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = group.offset + run * group.stride + chunk.begin;
-      const T* p = input + start;
-      const T* q = grad_output + start;
-      T* r = grad_input + start;
-      const auto dx = [&](V x, V dy) { return (x - mean) * slope + (dy * scale + constant); };
-      Base::each_vector(
-          chunk.end - chunk.begin,
-          [&](int, int64_t i) { store(r + i, dx(load(p + i), load(q + i))); },
-          [&](int, int64_t i, int64_t count) {
-            store(r + i, dx(load(p + i, count), load(q + i, count)), count);
-          });
+      this->write_run(grad_input + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
+        const V x = load(input + start + i, count...), dy = load(grad_output + start + i, count...);
+        return (x - mean) * slope + (dy * scale + constant);
+      });
     }
   }
 };

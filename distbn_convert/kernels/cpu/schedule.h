@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "simd.h"
+
 namespace distbn {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -86,12 +88,22 @@ constexpr int64_t kBatchSize = 16384;
 // Values of one wave in a split reduction: they should still be in the cache when they are applied.
 constexpr int64_t kWaveSize = int64_t(1) << 21;
 
+// From this size on an output is written past the caches: it would not stay in them, and a line need
+// not be read before it is written.
+constexpr int64_t kStreamBytes = int64_t(1) << 24;
+
+template <class T>
+bool streams(const Problem& p) {
+  return p.size() * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
 // Calls work(begin, end) over [0, count), `batch` at a time, by whichever thread is free.
 template <class Work>
 void share_out(int64_t count, int64_t batch, bool parallel, const Work& work) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(count, batch));
   if (!parallel || workers < 2) {
     work(int64_t(0), count);
+    fence();
     return;
   }
   std::atomic<int64_t> next{0};
@@ -99,6 +111,7 @@ void share_out(int64_t count, int64_t batch, bool parallel, const Work& work) {
     for (int64_t begin; (begin = next.fetch_add(batch)) < count;) {
       work(begin, std::min(begin + batch, count));
     }
+    fence();
   });
 }
 

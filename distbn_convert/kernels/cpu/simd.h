@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -51,8 +51,18 @@ INLINE auto first_lanes(int64_t count) {
   return iota < splat<A>(A(count));
 }
 
+// In double, halves upon halves; the order is the same on every machine.
 template <class A>
 INLINE double sum_lanes(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, double>) {
+    return _mm512_reduce_add_pd((__m512d)v);
+  } else {
+    const __m256 high = (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+    return _mm512_reduce_add_pd(low + _mm512_cvtps_pd(high));
+  }
+#endif
   double sums[kLanes<A>];
   for (int i = 0; i < kLanes<A>; ++i) sums[i] = double(v[i]);
   for (int half = kLanes<A> / 2; half > 0; half /= 2) {
@@ -61,17 +71,30 @@ INLINE double sum_lanes(Vec<A> v) {
   return sums[0];
 }
 
-INLINE Vec<float> widen(U16x16 bits, BFloat16) {
-  const U32x16 wide = __builtin_convertvector(bits, U32x16) << 16;
-  return (Vec<float>)wide;
+// GCC converts vectors in halves, which takes three instructions more.
+INLINE U32x16 extend(U16x16 bits) {
+#if defined(__AVX512F__)
+  return (U32x16)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  return __builtin_convertvector(bits, U32x16);
+#endif
 }
+
+INLINE U16x16 truncate(U32x16 bits) {
+#if defined(__AVX512F__)
+  return (U16x16)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, U16x16);
+#endif
+}
+
+INLINE Vec<float> widen(U16x16 bits, BFloat16) { return (Vec<float>)(extend(bits) << 16); }
 
 // Round to nearest, ties to even, as c10::BFloat16 does; a NaN becomes 0x7fc0.
 INLINE U16x16 narrow(Vec<float> v, BFloat16) {
   const U32x16 bits = (U32x16)v;
   const U32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U32x16 nan = (U32x16)(v != v);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), U16x16);
+  return truncate(v == v ? rounded : U32x16{} + 0x7fc0u);
 }
 
 INLINE Vec<float> widen(U16x16 bits, Half) {
@@ -142,6 +165,40 @@ template <class T>
 INLINE void store(T* p, Vec<Acc<T>> v) {
   const Packed<T> packed = pack<T>(v);
   std::memcpy(p, &packed, sizeof packed);
+}
+
+constexpr int64_t kLineBytes = 64;
+
+// Values from p to the start of the next cache line, 0 at one.
+template <class T>
+INLINE int64_t to_next_line(const T* p) {
+  return (-reinterpret_cast<intptr_t>(p) & (kLineBytes - 1)) / int64_t(sizeof(T));
+}
+
+// Writes past the caches a vector whose address is a multiple of its size; see fence().
+template <class T>
+INLINE void stream(T* p, Vec<Acc<T>> v) {
+  const Packed<T> packed = pack<T>(v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)packed);
+  } else {
+    _mm512_stream_si512((__m512i*)p, (__m512i)packed);
+  }
+#elif defined(__AVX2__)
+  __m256i halves[sizeof packed / 32];
+  std::memcpy(halves, &packed, sizeof packed);
+  for (size_t i = 0; i < sizeof packed / 32; ++i) _mm256_stream_si256((__m256i*)p + i, halves[i]);
+#else
+  std::memcpy(p, &packed, sizeof packed);
+#endif
+}
+
+// Makes what this thread has streamed visible to others before anything that it writes later.
+INLINE void fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // Loads the first `count` lanes, zeros behind them; touches no memory past them.
