@@ -99,16 +99,18 @@ def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) ->
             f"expected an input of float16, bfloat16, float32 or float64, but got {input.dtype}; "
             "convert it, for example with .float()."
         )
-    channels = input.shape[1]
+    channels, device = input.shape[1], input.device
+    dtypes = _COMPANION_DTYPES[input.dtype]
+    vector, rows = (channels,), (vt_world_size, channels)
     for name, tensor in others.items():
         if tensor is None:
             continue
-        shape = (channels,) if name in ("weight", "bias") else (vt_world_size, channels)
+        shape = vector if name in ("weight", "bias") else rows
         if name == "num_batches_tracked":
             shape = (vt_world_size,)
-        elif tensor.dtype not in _COMPANION_DTYPES[input.dtype]:
+        elif tensor.dtype not in dtypes:
             raise InputError(
-                f"expected {name} of {_either(_COMPANION_DTYPES[input.dtype])} for an input of "
+                f"expected {name} of {_either(dtypes)} for an input of "
                 f"{input.dtype}, but got {tensor.dtype}; convert the input or the layer."
             )
         if tensor.shape != shape:
@@ -117,9 +119,9 @@ def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) ->
                 f"{vt_world_size} virtual ranks, but got {tuple(tensor.shape)}; check the channels "
                 f"(dimension 1) of the input, which has shape {tuple(input.shape)}, and the ranks."
             )
-        if tensor.device != input.device:
+        if tensor.device != device:
             raise InputError(
-                f"expected {name} on {input.device} like the input, but it is on {tensor.device}; "
+                f"expected {name} on {device} like the input, but it is on {tensor.device}; "
                 "move one of them."
             )
 

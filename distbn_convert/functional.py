@@ -104,29 +104,23 @@ _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, a mode, a transform, a tracer or a kind of tensor must see the operators.
+    """Whether a mode, a transform, a tracer or a kind of tensor must see the operators.
 
     Where none does, the backend is called directly: the dispatcher and the way back into
     Python cost as much as a small layer.
     """
-    if (
-        torch.compiler.is_compiling()  # first: the compiler cannot trace the others
-        or torch._C._len_torch_dispatch_stack() > 0
+    for tensor in tensors:  # a loop, as any() would take longer than all else here
+        if type(tensor) not in _PLAIN_TYPES:
+            return True
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-    ):
-        return True
-    for tensor in tensors:  # a loop, as any() would take longer than all else here
-        # A batch of gradients is a plain Tensor to Python, but has no memory of its own.
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or not torch._C._has_storage(tensor)
-        ):
-            return True
-    return False
+    )
 
 
 # input, weight, bias, output, mean, rstd; what the backward does not need is None.
@@ -134,7 +128,8 @@ _Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tens
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    input, weight, bias, residual, *_, eps, vt_world_size, interleaved, relu = inputs
+    input, weight, bias, residual = inputs[:4]
+    eps, vt_world_size, interleaved, relu = inputs[8:]
     saved: _Saved = input, weight, None, None, mean, rstd
     if relu:
         kept = output if keeps_output(input, residual, relu) else None
@@ -146,21 +141,32 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd:
     ctx.settings = eps, vt_world_size, interleaved, relu
 
 
-def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, grad_output: Tensor, compiling: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of input, weight, bias and residual."""
     saved: _Saved = ctx.saved_tensors
-    input, weight = saved[:2]
+    weight = saved[1]
     eps, *settings = ctx.settings
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not compiling and torch.is_grad_enabled():
         grads = _differentiable_gradients(grad_output, saved, eps, *settings)
+    elif (
+        compiling or _is_watched(grad_output, *saved[:2]) or not torch._C._has_storage(grad_output)
+    ):
+        # Without memory of its own it is a batch of gradients, which is a Tensor to Python.
+        grads = _BACKWARD(grad_output, *saved, *settings)
     else:
-        function = _BACKWARD if _is_watched(grad_output, input, weight) else _batch_norm_backward
-        grads = function(grad_output, *saved, *settings)
-    grad_weight = None if weight is None else grads[1].to(weight.dtype)
-    grad_bias = None if ctx.bias_dtype is None else grads[2].to(ctx.bias_dtype)
+        grads = _batch_norm_backward(grad_output, *saved, *settings)
+    grad_weight = None if weight is None else _as(grads[1], weight.dtype)
+    grad_bias = None if ctx.bias_dtype is None else _as(grads[2], ctx.bias_dtype)
     grad_residual = None
     if ctx.has_residual:
         grad_residual = grads[3] if settings[2] else grad_output
-    return grads[0], grad_weight, grad_bias, grad_residual, *(None,) * 8
+    return grads[0], grad_weight, grad_bias, grad_residual
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs ten times this
 
 
 def _differentiable_gradients(
@@ -203,10 +209,14 @@ def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The eager path; a third of the overhead of the ``setup_context`` form."""
+    """The eager path; a third of the overhead of the ``setup_context`` form.
+
+    What takes no gradient comes in one tuple, since each argument costs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = (*arguments[:4], *arguments[4])
         function = _FORWARD if _is_watched(*inputs[:7]) else _batch_norm
         output, mean, rstd = function(*inputs)
         _save(ctx, inputs, output, mean, rstd)
@@ -214,7 +224,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad_output)
+        return *_differentiate(ctx, grad_output, False), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -237,7 +247,8 @@ class _TracedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grad_outputs[0])
+        compiling = torch.compiler.is_compiling()
+        return *_differentiate(ctx, grad_outputs[0], compiling), *(None,) * 8
 
 
 class _FunctorchBatchNorm(_TracedBatchNorm):
@@ -364,16 +375,7 @@ def dist_batch_norm(
     if num_batches_tracked is not None:
         ranks = min(input.shape[0], vt_world_size) or vt_world_size
         (num_batches_tracked if ranks == vt_world_size else num_batches_tracked[:ranks]).add_(1)
-    function: Any = _BatchNorm
-    if torch.compiler.is_compiling():
-        function = _TracedBatchNorm
-    elif torch._C._are_functorch_transforms_active():
-        function = _FunctorchBatchNorm
-    result = function.apply(
-        input,
-        weight,
-        bias,
-        residual,
+    rest = (
         running_mean,
         running_var,
         num_batches_tracked,
@@ -383,4 +385,8 @@ def dist_batch_norm(
         partition == "interleaved",
         activation is not None,
     )
-    return result if isinstance(result, Tensor) else result[0]
+    if torch.compiler.is_compiling():
+        return _TracedBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
+    if torch._C._are_functorch_transforms_active():
+        return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
+    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore

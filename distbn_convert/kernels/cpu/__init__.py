@@ -49,7 +49,7 @@ def forward(
     x, channels_last = _arrange(input)
     output = torch.empty_like(x)
     dtype = reference.accumulate_dtype(input.dtype)
-    mean = input.new_empty((vt_world_size, input.shape[1]), dtype=dtype)
+    mean = input.new_empty(vt_world_size, input.shape[1], dtype=dtype)
     rstd = torch.empty_like(mean)
     tracked = running_mean is not None and running_var is not None
     torch.ops.distbn_convert_cpu.forward.default(

@@ -117,6 +117,7 @@ def _flags() -> list[str]:
     libraries = _TORCH / "lib"
     return [
         *("-O3", "-std=c++20", "-fPIC", "-shared", "-w", "-fvisibility=hidden"),
+        "-fno-math-errno",  # or square roots do not become vectors
         *_CAPABILITY_FLAGS.get(capability, ()),
         f"-I{_TORCH / 'include'}",
         str(_SOURCES / "batch_norm.cpp"),

@@ -29,7 +29,7 @@ struct ColumnsForward : ColumnsBase<T> {
     if (chunk.last_run - chunk.first_run >= kHeadPart) {
       chunk.last_run = chunk.first_run + ceil_div(chunk.last_run - chunk.first_run, kHeadPart);
     } else {
-      chunk.end = chunk.begin + std::min(rows, std::max<int64_t>(8, ceil_div(rows, kHeadPart)));
+      chunk.end = chunk.begin + ceil_div(rows, kHeadPart);
       chunk.last_run = chunk.first_run + 1;
     }
     std::fill_n(means, this->padded, A(0));
@@ -43,7 +43,8 @@ struct ColumnsForward : ColumnsBase<T> {
           });
         },
         [] {});
-    for (int64_t i = 0; i < g.columns; ++i) means[i] /= A(chunk.size());
+    const A part = A(1) / A(chunk.size());
+    for (int64_t i = 0; i < g.columns; ++i) means[i] *= part;
   }
 
   void reduce(const Group& g, const Chunk& chunk, double* partial, double* work) const {
@@ -66,9 +67,9 @@ struct ColumnsForward : ColumnsBase<T> {
           });
         },
         [&] { sums.flush(); });
-    const double count = double(chunk.size());
+    const double part = 1 / double(chunk.size());
     for (int64_t i = 0; i < g.columns; ++i) {
-      const double mean = sums.total_a[i] / count;
+      const double mean = sums.total_a[i] * part;
       partial[i] = double(shifts[i]) + mean;
       partial[this->padded + i] = not_negative(sums.total_b[i] - sums.total_a[i] * mean);
     }
@@ -161,16 +162,18 @@ struct ColumnsBackward : ColumnsBase<T> {
   }
 
   void finish(const Group& g, const double* partials, A* coefficients, double* work) const {
-    const int64_t channels = this->channels(g), step = this->grid.channel_step;
+    const int64_t channels = this->channels(g);
     double *sum_dy = work, *sum_dy_x = work + channels;
     std::fill_n(work, 2 * channels, 0.0);
     for (int64_t k = 0; k < g.chunks.count(); ++k, partials += this->partial_size) {
       this->each_fold([&](int64_t fold) {
-        const double* sums = partials + fold;
-        for (int64_t c = 0; c < channels; ++c) {
-          sum_dy[c] += sums[c * step];
-          sum_dy_x[c] += sums[this->padded + c * step];
-        }
+        const double *dy = partials + fold, *dy_x = dy + this->padded;
+        with_step(this->grid.channel_step, [=](auto step) INLINE_LAMBDA {
+          for (int64_t c = 0; c < channels; ++c) {
+            sum_dy[c] += dy[c * step];
+            sum_dy_x[c] += dy_x[c * step];
+          }
+        });
       });
     }
     A* found = reinterpret_cast<A*>(work + 2 * channels);

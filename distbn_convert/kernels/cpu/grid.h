@@ -119,16 +119,17 @@ struct ColumnsBase {
 
   // Calls rows(std::integral_constant<int, R>, offset) for R = 8 rows or 1, flush() between. Whole
   // rows are taken one by one; of cut rows, which are far apart, eight at once keep memory busy, and
-  // of very short ones they keep the sums in registers.
+  // of short ones or of what the caches hold they keep the sums in registers.
   template <class Rows, class Flush>
   INLINE void each_rows(const Group& g, const Chunk& chunk, const Rows& rows,
                         const Flush& flush) const {
-    const bool cut = grid.blocks > 1 || grid.block <= 32;
+    const bool cached = problem.size() * int64_t(sizeof(T)) <= kCacheBytes;
+    const bool several = grid.blocks > 1 || grid.block <= 32 || cached;
     int64_t filled = 0;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = g.offset + run * g.run_stride;
       for (int64_t i = chunk.begin; i < chunk.end;) {
-        const int64_t step = cut && i + 8 <= chunk.end ? 8 : 1;
+        const int64_t step = several && i + 8 <= chunk.end ? 8 : 1;
         if (step == 8) {
           rows(std::integral_constant<int, 8>(), start + i * g.row_stride);
         } else {

@@ -30,18 +30,20 @@ struct Values {
       return;
     }
     visit([&](auto* values) {
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = double(values[row * row_stride + (first + i) * stride]);
-      }
+      values += row * row_stride + first * stride;
+      with_step(stride, [=](auto step) INLINE_LAMBDA {
+        for (int64_t i = 0; i < count; ++i) out[i] = double(values[i * step]);
+      });
     });
   }
 
   INLINE void store(int64_t row, int64_t first, int64_t count, const double* in) const {
     visit([&](auto* values) {
       using T = std::remove_pointer_t<decltype(values)>;
-      for (int64_t i = 0; i < count; ++i) {
-        values[row * row_stride + (first + i) * stride] = T(Acc<T>(in[i]));
-      }
+      values += row * row_stride + first * stride;
+      with_step(stride, [=](auto step) INLINE_LAMBDA {
+        for (int64_t i = 0; i < count; ++i) values[i * step] = T(Acc<T>(in[i]));
+      });
     });
   }
 
@@ -58,6 +60,16 @@ struct Values {
   }
 };
 
+// Calls work(step), with a constant where it is 1, so that the compiler makes vectors of a loop.
+template <class Work>
+INLINE void with_step(int64_t step, const Work& work) {
+  if (step == 1) {
+    work(std::integral_constant<int64_t, 1>());
+  } else {
+    work(step);
+  }
+}
+
 // Rounding may leave a tiny negative sum of squares; a NaN stays.
 inline double not_negative(double value) { return value < 0 ? 0 : value; }
 
@@ -66,11 +78,14 @@ inline double not_negative(double value) { return value < 0 ? 0 : value; }
 inline void merge_moments(int64_t channels, double merged, double* mean, double* m2, double count,
                           const double* other_mean, const double* other_m2, int64_t step) {
   const double part = count / (merged + count);
-  for (int64_t i = 0; i < channels; ++i) {
-    const double delta = other_mean[i * step] - mean[i];
-    mean[i] += delta * part;
-    m2[i] += other_m2[i * step] + delta * delta * merged * part;
-  }
+  const auto merge = [=](auto step) INLINE_LAMBDA {
+    for (int64_t i = 0; i < channels; ++i) {
+      const double delta = other_mean[i * step] - mean[i];
+      mean[i] += delta * part;
+      m2[i] += other_m2[i * step] + delta * delta * merged * part;
+    }
+  };
+  with_step(step, merge);
 }
 
 // Channels that are worked on at a time, in arrays on the stack.
@@ -98,7 +113,8 @@ struct ForwardStatistics {
              const double* m2, A* coefficients, int64_t width) const {
     double r[kStrip], scale[kStrip], shift[kStrip];
     const double part = count > 0 ? 1 / count : 0;
-    for (int64_t i = 0; i < n; ++i) r[i] = 1 / std::sqrt(m2[i] * part + eps);
+    // Roots and quotients in double take four times as long, for digits that are not kept.
+    for (int64_t i = 0; i < n; ++i) r[i] = double(A(1) / std::sqrt(A(m2[i] * part + eps)));
     mean.store(rank, first, n, m);
     rstd.store(rank, first, n, r);
     weight.load(0, first, n, scale, 1);
@@ -149,22 +165,23 @@ struct BackwardStatistics {
   template <class A>
   INLINE void strip(int64_t rank, int64_t first, int64_t n, double count, const double* sum_dy,
              const double* sum_dy_x, A* coefficients, int64_t width) const {
-    double m[kStrip], r[kStrip], scale[kStrip];
+    double m[kStrip], r[kStrip], scale[kStrip], dw[kStrip];
     mean.load(rank, first, n, m);
     rstd.load(rank, first, n, r);
     weight.load(0, first, n, scale, 1);
     const double part = count > 0 ? 1 / count : 0;
-    double* dw = grad_weight + rank * channels + first;
-    double* db = grad_bias + rank * channels + first;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < n; ++i) {  // on the stack alone, so that it becomes vectors
       dw[i] = sum_dy_x[i] * r[i];
-      db[i] = sum_dy[i];
       scale[i] *= r[i];
-      coefficients[i] = A(m[i]);
-      coefficients[width + i] = A(scale[i]);
-      coefficients[2 * width + i] = A(-scale[i] * r[i] * dw[i] * part);
-      coefficients[3 * width + i] = A(-scale[i] * sum_dy[i] * part);
     }
+    std::copy_n(dw, n, grad_weight + rank * channels + first);
+    std::copy_n(sum_dy, n, grad_bias + rank * channels + first);
+    A* const rows[] = {coefficients, coefficients + width, coefficients + 2 * width,
+                       coefficients + 3 * width};
+    for (int64_t i = 0; i < n; ++i) rows[0][i] = A(m[i]);
+    for (int64_t i = 0; i < n; ++i) rows[1][i] = A(scale[i]);
+    for (int64_t i = 0; i < n; ++i) rows[2][i] = A(-scale[i] * r[i] * dw[i] * part);
+    for (int64_t i = 0; i < n; ++i) rows[3][i] = A(-scale[i] * sum_dy[i] * part);
   }
 };
 
