@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from distbn_convert import convert_model
 from distbn_convert.checkpoint.allowed import allowed_globals
 from distbn_convert.cli import main
 
@@ -105,30 +107,66 @@ def timm_style(path: Path) -> Path:
 
 
 def lightning_style(path: Path) -> Path:
-    """The layout of Lightning 2.6 with EMAWeightAveraging: both sets of weights."""
-    model = Net()
-    optimizer = torch.optim.Adam(model.parameters())
-    train(model, optimizer)
-    live = model.state_dict()
-    for key in list(live):
-        live[f"model.{key}"] = live.pop(key)
-    averaged = {key: value.clone() * 2 for key, value in live.items()}
-    checkpoint = {
-        "epoch": 0,
-        "global_step": 3,
-        "pytorch-lightning_version": "2.6.6",
-        "state_dict": averaged,
-        "current_model_state": live,
-        "averaging_state": {"n_averaged": torch.tensor(1)},
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"ready": 1}}}},
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "", "k": {}}},
-        "optimizer_states": [optimizer.state_dict()],
-        "lr_schedulers": [],
-        "hparams_name": "kwargs",
-        "hyper_parameters": {"lr": 0.1},
-    }
-    torch.save(checkpoint, path)
+    """By Lightning's own Trainer with EMAWeightAveraging: both sets of weights."""
+    fit_lightning(path)
     return path
+
+
+def fit_lightning(path: Path, resume: Path | None = None, ranks: int = 0) -> nn.Module:
+    """Train with Lightning to the end of epoch 0, or epoch 1 when resumed, and save."""
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Module(lightning.LightningModule):
+        def __init__(self, lr: float = 0.05) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            torch.manual_seed(1)
+            self.model = convert_model(Net(), ranks) if ranks else Net()
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), self.hparams.lr, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(24, 3, 6, 6, generator=generator)
+    data = TensorDataset(images, torch.arange(24) % 4)
+    module = Module()
+    with warnings.catch_warnings():  # Lightning's own, about torch's pytrees and the loader
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            callbacks=[EMAWeightAveraging(decay=0.9)],
+            default_root_dir=path.parent,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            logger=False,
+            max_epochs=1 if resume is None else 2,
+        )
+        trainer.fit(module, DataLoader(data, batch_size=8), ckpt_path=resume, weights_only=True)
+        trainer.save_checkpoint(path)
+    return module.model
+
+
+def run_accelerate(folder: Path, resume: Path | None = None, ranks: int = 0) -> nn.Module:
+    """Train with accelerate and save its state; goes on from a state when resumed."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(1)
+    model: Any = convert_model(Net(), ranks) if ranks else Net()
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if resume is not None:
+        accelerator.load_state(str(resume))
+    train(model, optimizer, seed=1 if resume is None else 2)
+    accelerator.save_state(str(folder))
+    return model  # type: ignore[no-any-return]
 
 
 def moco_style(path: Path) -> Path:

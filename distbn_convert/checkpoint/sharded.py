@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from .carry import Writer, write_folder
 from .header import Header, read_header
@@ -68,7 +69,7 @@ def write_sharded(
     }
     growth = {shard: _growth(index.headers[shard], new) for shard, new in by_shard.items()}
     sizes = {shard: (index.folder / shard).stat().st_size + growth[shard] for shard in by_shard}
-    text = _grown_index(index.content, sum(growth.values()))
+    text = _grown_index(index, sum(growth.values()))
     if text is not None:
         writers[index.path.name] = lambda file, _: file.write(text)
         sizes[index.path.name] = len(text)
@@ -88,14 +89,22 @@ def _growth(header: Header, new: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes - header.tensors[name].nbytes for name, tensor in new.items())
 
 
-def _grown_index(content: Mapping[str, Any], growth: int) -> bytes | None:
-    """Return the index with its ``total_size`` grown, None if it stays as it is."""
-    metadata = content.get("metadata") or {}
+def _grown_index(index: ShardIndex, growth: int) -> bytes | None:
+    """Return the index with its ``total_size`` grown, None if it stays as it is.
+
+    Nothing else of the file's text changes, so that the way back restores it.
+    """
+    metadata = index.content.get("metadata") or {}
     total = metadata.get("total_size")
     if not growth or isinstance(total, bool) or not isinstance(total, int | float):
         return None
-    grown = {**content, "metadata": {**metadata, "total_size": total + growth}}
-    return (json.dumps(grown, indent=2, ensure_ascii=False) + "\n").encode()
+    grown = {**index.content, "metadata": {**metadata, "total_size": total + growth}}
+    text = index.path.read_bytes().decode()
+    number = json.dumps(total + growth)
+    edited = re.sub(r'("total_size"\s*:\s*)[-+.\deE]+', rf"\g<1>{number}", text, count=1)
+    if json.loads(edited) != grown:  # a tensor of that name, for example
+        edited = json.dumps(grown, indent=2, ensure_ascii=False) + "\n"
+    return edited.encode()
 
 
 def _write_shard(

@@ -126,7 +126,7 @@ class ProgressBar:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._started = time.monotonic()
+        self._started: float | None = None  # when the first bytes were written
         self._bar: Any = None
 
     def __enter__(self) -> ProgressBar:
@@ -138,7 +138,10 @@ class ProgressBar:
 
     def __call__(self, done: int, expected: int) -> None:
         """Show how many bytes of those expected are written."""
-        if not self._enabled or time.monotonic() - self._started < 1:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        if not self._enabled or now - self._started < 1:
             return
         if self._bar is None:
             self._bar = click.progressbar(length=expected, label="writing", file=sys.stderr)
