@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,8 +78,6 @@ def configurations(
 
     A loop that divides by another S is the same code.
     """
-    from distbn_convert.kernels.gpu.tiles import Tile
-
     residual, relu = EPILOGUES[epilogue]
     given: dict[str, str | None] = {}
     kind = f"*{DTYPES[share.itemsize]}"
@@ -88,12 +87,16 @@ def configurations(
         given, relu = {"output": kind, "grad_residual": kind}, False
     choice = share.choose(backward, residual)
     constants = share.constants(choice, relu)
-    tile = Tile(*(member.value for member in constants["TILE"]))
+    members = {field.name: member.value for field, member in members_of(constants["TILE"])}
     if choice.kind != "resident":
-        tile = tile._replace(DIVISOR=int(tile.DIVISOR > 0))
-    key = *tile, constants["num_warps"], constants.get("SPLITS"), *given
+        members["DIVISOR"] = bool(members["DIVISOR"])
+    key = *members.values(), constants["num_warps"], constants.get("SPLITS"), *given
     kernels = kernels_of(choice.kind, backward)
     return {(k.__name__, share.itemsize, key): (k, constants, given) for k in kernels}
+
+
+def members_of(tile: Any) -> list[tuple[Field[Any], Any]]:
+    return [(field, getattr(tile, field.name)) for field in fields(tile)]
 
 
 def compile_kernel(
@@ -104,14 +107,10 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from distbn_convert.kernels.gpu.tiles import Statistics, Tile
+    from distbn_convert.kernels.gpu.tiles import Statistics
 
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name == "TILE":
-            signature[name] = Tile(*("constexpr",) * len(Tile._fields))
-            values |= {(index, place): value for place, value in enumerate(constants[name])}
-            continue
         if name == "statistics":
             members = {n: types.get(n, kind) or "constexpr" for n, kind in STATISTICS.items()}
             signature[name] = Statistics(**members)

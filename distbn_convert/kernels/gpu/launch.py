@@ -20,7 +20,7 @@ from .split import (
     split_moments,
 )
 from .ticketed import ticketed_backward, ticketed_forward
-from .tiles import Statistics, Tile, constant
+from .tiles import Statistics, make_tile
 
 __all__ = ["Share", "arrange", "backward", "describe", "forward"]
 
@@ -89,17 +89,17 @@ class Share(NamedTuple):
     def constants(self, choice: Choice, relu: bool) -> dict[str, Any]:
         """What a kernel is compiled for."""
         fast_axis = choice.channels if self.last else choice.rows
-        tile = Tile(
-            ROWS=choice.rows,
-            CHANNELS=choice.channels,
-            VECTOR=min(self.vector(), fast_axis),
-            DIVISOR=self.positions if self.interleaved or not self.last else 0,
-            LAST=self.last,
-            INTERLEAVED=self.interleaved,
-            WIDE=self.wide(),
-            RELU=relu,
+        tile = make_tile(
+            choice.rows,
+            choice.channels,
+            vector=min(self.vector(), fast_axis),
+            divisor=self.positions if self.interleaved or not self.last else 0,
+            last=self.last,
+            interleaved=self.interleaved,
+            wide=self.wide(),
+            relu=relu,
         )
-        constants = {"TILE": constant(tile), "num_warps": choice.warps, "enable_fp_fusion": True}
+        constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
         if choice.kind == "ticketed":
             # A limit makes the assembler take registers rather than spill for a fourth program on
             # a multiprocessor; with this one there are at least two.
@@ -108,8 +108,8 @@ class Share(NamedTuple):
 
     def merging(self, choice: Choice) -> dict[str, Any]:
         """What the kernel that merges the pieces of a split is compiled for."""
-        tile = Tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False)
-        constants = {"TILE": constant(tile), "num_warps": 4, "enable_fp_fusion": True}
+        tile = make_tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False)
+        constants = {"TILE": tile, "num_warps": 4, "enable_fp_fusion": True}
         return {"SPLITS": _power_of_two(choice.splits), **constants}
 
     def slabs(self, width: int) -> int:

@@ -28,7 +28,7 @@ def loop_forward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Normalise each rank's share."""
     program = tl.program_id(0)
@@ -57,7 +57,7 @@ def loop_backward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Differentiate :func:`loop_forward`."""
     program = tl.program_id(0)

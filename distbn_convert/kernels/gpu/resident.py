@@ -27,7 +27,7 @@ def resident_forward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Normalise, with exact two-pass statistics."""
     program = tl.program_id(0)
@@ -72,7 +72,7 @@ def resident_backward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Differentiate: input and upstream gradient are each read once."""
     program = tl.program_id(0)

@@ -87,7 +87,7 @@ def split_moments(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Compute the moments of each piece."""
     program, split = tl.program_id(0), tl.program_id(1)
@@ -109,7 +109,7 @@ def merge_moments(
     remainder,
     vt_world_size,
     SPLITS: tl.constexpr,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Merge the pieces of each share and update the running statistics."""
     program = tl.program_id(0)
@@ -133,7 +133,7 @@ def split_forward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Normalise each piece."""
     program, split = last_first()
@@ -161,7 +161,7 @@ def split_gradients(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Compute the two sums of each piece that the gradients need."""
     program, split = tl.program_id(0), tl.program_id(1)
@@ -192,7 +192,7 @@ def split_backward(
     quotient,
     remainder,
     vt_world_size,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Write the gradient of each piece."""
     program, split = last_first()

@@ -15,7 +15,7 @@ __all__ = ["differentiate_rows", "lane_gradients", "lane_moments", "normalize_ro
 
 
 @triton.jit
-def lane_moments(x, begin, stop, block, TILE):
+def lane_moments(x, begin, stop, block, TILE: tl.constexpr):
     """Return the mean and the sum of squared deviations of rows ``begin`` to ``stop``.
 
     Each lane of the tile keeps Welford's two numbers for the values that it meets; the lanes
@@ -45,7 +45,7 @@ def lane_moments(x, begin, stop, block, TILE):
 
 
 @triton.jit
-def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TILE):
+def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TILE: tl.constexpr):
     """Return the sums of ``dy`` and ``dy * (x - mean)`` over rows ``begin`` to ``stop``.
 
     With ``output``, ``dy`` counts where that is not negative or zero, and what counts is
@@ -77,7 +77,7 @@ def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
 
 
 @triton.jit
-def normalize_rows(x, y, residual, affine, begin, stop, block, TILE):
+def normalize_rows(x, y, residual, affine, begin, stop, block, TILE: tl.constexpr):
     """Write ``relu?((x - mean) * scale + shift + residual?)``.
 
     Last rows first: they are the likeliest in L2.
@@ -100,7 +100,7 @@ def normalize_rows(x, y, residual, affine, begin, stop, block, TILE):
 
 
 @triton.jit
-def differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE):
+def differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE: tl.constexpr):
     """Write ``(dy - mean_dy - (x - mean) * slope) * scale``, last rows first."""
     x += block.start
     dy += block.start

@@ -102,7 +102,7 @@ def ticketed_forward(
     remainder,
     vt_world_size,
     SPLITS: tl.constexpr,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Normalise: one program gathers moments of a piece, another normalises it."""
     gathers, slab, split = take_ticket(sync, splits, depth)
@@ -151,7 +151,7 @@ def ticketed_backward(
     remainder,
     vt_world_size,
     SPLITS: tl.constexpr,
-    TILE,
+    TILE: tl.constexpr,
 ):
     """Differentiate: one program gathers the sums of a piece, another writes its gradient."""
     gathers, slab, split = take_ticket(sync, splits, depth)

@@ -10,6 +10,8 @@ to call without compiling again (in a tuple they could not: Triton specialises i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -20,11 +22,11 @@ __all__ = [
     "Block",
     "Statistics",
     "Tile",
-    "constant",
     "finish",
     "load_affine",
     "load_row",
     "locate",
+    "make_tile",
     "merge_lanes",
     "place",
     "rectify",
@@ -32,8 +34,11 @@ __all__ = [
 ]
 
 
-class Tile(NamedTuple):
-    """What a kernel is compiled for; :func:`constant` makes it so.
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What a kernel is compiled for; each a ``tl.constexpr``. Made by :func:`make_tile`.
+
+    Compared by identity, which is what Triton looks its compiled kernels up with at every call.
 
     Args:
         ROWS: values of a channel in one tile, a power of two.
@@ -48,19 +53,31 @@ class Tile(NamedTuple):
             output's sign, which it computes from the input.
     """
 
-    ROWS: int
-    CHANNELS: int
-    VECTOR: int
-    DIVISOR: int
-    LAST: bool
-    INTERLEAVED: bool
-    WIDE: bool
-    RELU: bool
+    ROWS: Any
+    CHANNELS: Any
+    VECTOR: Any
+    DIVISOR: Any
+    LAST: Any
+    INTERLEAVED: Any
+    WIDE: Any
+    RELU: Any
 
 
-def constant(tile: Tile) -> Tile:
-    """Return the tile as constants: Triton 3.6 takes no attribute of one constant for another."""
-    return Tile(*map(tl.constexpr, tile))
+@cache
+def make_tile(
+    rows: int,
+    channels: int,
+    vector: int,
+    divisor: int,
+    last: bool,
+    interleaved: bool,
+    wide: bool,
+    relu: bool,
+) -> Tile:
+    """Return the one tile with these members."""
+    # Each a constexpr of its own: Triton 3.6 takes no attribute of a constant for one.
+    members = rows, channels, vector, divisor, last, interleaved, wide, relu
+    return Tile(*map(tl.constexpr, members))
 
 
 class Statistics(NamedTuple):
@@ -112,7 +129,7 @@ class Affine(NamedTuple):
 
 
 @triton.jit
-def locate(program, channels, positions, quotient, remainder, vt_world_size, TILE):
+def locate(program, channels, positions, quotient, remainder, vt_world_size, TILE: tl.constexpr):
     """Return the block of that program."""
     blocks = tl.cdiv(channels, TILE.CHANNELS)
     rank = (program // blocks).to(tl.int64)
@@ -130,7 +147,7 @@ def locate(program, channels, positions, quotient, remainder, vt_world_size, TIL
 
 
 @triton.jit
-def place(row, stop, block, TILE):
+def place(row, stop, block, TILE: tl.constexpr):
     """Return offsets from ``block.start``, and mask, ``[ROWS, CHANNELS]``, of a tile."""
     rows = row + tl.arange(0, TILE.ROWS)
     lanes = block.lanes
