@@ -213,6 +213,34 @@ def test_the_standard_streams_carry_checkpoints(plain: Path) -> None:
     assert b"converted 3 BatchNorms" in done.stderr
 
 
+def test_every_command_that_reads_takes_the_standard_input(plain: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for args in (["inspect", "-"], ["verify", "-", "--against", str(plain)]):
+        with open(plain, "rb") as file:
+            done = subprocess.run([*PROGRAM, *args], stdin=file, capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"{BATCH_NORMS} BatchNorms".encode() in done.stdout
+
+
+def test_every_command_speaks_json(capsys: Any, plain: Path) -> None:
+    virtual, back, both = (plain.with_name(name) for name in ("v.pth", "b.pth", "both.pth"))
+    exported = plain.with_name("r.safetensors")
+    for command, args in {
+        "convert": (plain, virtual, "--vt-world-size", 2),
+        "revert": (virtual, back),
+        "inspect": (virtual,),
+        "gather": (plain, back, both),
+        "verify": (virtual, "--against", plain),
+        "models": ("resnet18",),
+        "models export": ("resnet18", exported, "--vt-world-size", 2),
+    }.items():
+        done = run_cli(capsys, *command.split(), *args, "--json")
+        assert done.code == 0, done.err
+        assert (done.json["schema"], done.json["command"]) == (1, command)
+        assert done.err == ""
+    assert done.json["output"]["bytes"] == exported.stat().st_size
+
+
 def test_warnings_go_to_stderr_and_quiet_silences_them(capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "in.pth"
     torch.save({"bn.running_mean": torch.rand(2), "bn.running_var": torch.rand(2)}, path)

@@ -74,8 +74,8 @@ def load_torch(
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(extra):
             warnings.simplefilter("ignore")
-            # torch reads *.safetensors by its name, whatever is in it.
-            if stored and path.suffix != ".safetensors":
+            # torch takes *.safetensors for that, whatever is in it, and maps UTF-8 names alone.
+            if stored and path.suffix != ".safetensors" and _is_utf8(path):
                 result.tree = torch.load(str(path), mmap=True, **options)
             else:
                 with open(path, "rb") as file:
@@ -129,6 +129,14 @@ def _starts_as_zip(path: Path) -> bool:
             return file.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise FileAccessError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import CheckpointError, ConfigurationError, DistBNError
 from .checkpoints import convert, gather, inspect, revert, verify
 from .models import models
+from .render import one_line
 from .streams import Terminated, catch_signals, echo_json, ignore_signals, stop_behind
 
 __all__ = ["main"]
@@ -93,24 +94,24 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
 def _describe(error: BaseException) -> tuple[str, int, str]:
     """Return the word, the exit status and the sentence for an error."""
     if isinstance(error, CheckpointError):
-        return _WORDS[error.exit_code], error.exit_code, _one_line(error)
+        return _WORDS[error.exit_code], error.exit_code, one_line(error)
     if isinstance(error, ConfigurationError):
-        return "usage", 2, _one_line(error)
+        return "usage", 2, one_line(error)
     if isinstance(error, click.ClickException):
         return (
             "usage" if error.exit_code == 2 else "failed",
             error.exit_code,
-            error.format_message(),
+            one_line(error.format_message()),
         )
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "interrupted", 130, "interrupted; the output is as it was, or complete."
     if isinstance(error, Terminated):
         return "terminated", 143, "terminated; the output is as it was, or complete."
     if isinstance(error, DistBNError):
-        return "failed", 1, _one_line(error)
+        return "failed", 1, one_line(error)
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory. Nothing was written."
-    return "unexpected", 1, f"{type(error).__name__}: {_one_line(error)}"
+    return "unexpected", 1, f"{type(error).__name__}: {one_line(error)}"
 
 
 _WORDS = {
@@ -122,7 +123,3 @@ _WORDS = {
     7: "io",
     8: "verification",
 }
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())

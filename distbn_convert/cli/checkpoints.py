@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import output_options, reading_options, selecting_options, talking_options
+from .render import one_line, summary, table
 from .streams import ProgressBar, echo_json, input_path, output_path
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any)
     """
     from ..checkpoint import revert_checkpoint
 
+    if rank and reduction != "select":
+        raise click.UsageError(f"--rank {rank} goes with --reduction select, not {reduction}.")
+
     def run(path: Path, out: Path | None, **keywords: Any) -> CheckpointReport:
         return revert_checkpoint(path, out, reduction, rank, **keywords)
 
@@ -95,7 +99,6 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
         $ distbn-convert inspect virtual.pth --plot spread.png
     """
     from ..checkpoint import inspect_checkpoint
-    from .render import table
 
     talk = _Talk(options, src)
     with input_path(src) as path:
@@ -110,7 +113,7 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
         return
     click.echo(table(report))
     if report.opaque_globals:
-        click.echo(f"Python objects, not executed: {', '.join(report.opaque_globals)}")
+        click.echo(f"Python objects, not executed: {one_line(', '.join(report.opaque_globals))}")
 
 
 @click.command()
@@ -170,17 +173,19 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
     from ..checkpoint import verify_checkpoint
 
     talk = _Talk(options, src)
-    report = verify_checkpoint(src, against, tolerance, **options)
+    with input_path(src) as path:
+        report = verify_checkpoint(path, against, tolerance, **options)
     talk.warn(report.warnings)
     if talk.json:
         echo_json(report.to_dict())
     elif not talk.quiet and report.against is None:
         click.echo(
-            f"{src} is sound: {report.groups} BatchNorms, {report.checksums} checksums matched"
+            f"{one_line(src)} is sound: {report.groups} BatchNorms, "
+            f"{report.checksums} checksums matched"
         )
     elif not talk.quiet:
         click.echo(
-            f"{src} and {against} hold the same: {report.groups} BatchNorms, "
+            f"{one_line(src)} and {one_line(against)} hold the same: {report.groups} BatchNorms, "
             f"largest difference {report.largest_difference:g}"
         )
 
@@ -201,7 +206,7 @@ class _Talk:
         """Print warnings on stderr."""
         if not self.quiet:
             for warning in warnings:
-                click.echo(f"Warning: {warning}", err=True)
+                click.echo(f"Warning: {one_line(warning)}", err=True)
 
 
 def _write(
@@ -212,8 +217,6 @@ def _write(
     options: dict[str, Any],
 ) -> None:
     """Run a command that writes, with its streams, progress and report."""
-    from .render import summary, table
-
     talk = _Talk(options, src)
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
@@ -229,7 +232,7 @@ def _write(
     elif not talk.quiet:
         click.echo(summary(report, done), err=on_stderr)
         if report.opaque_globals:
-            names = ", ".join(report.opaque_globals)
+            names = one_line(", ".join(report.opaque_globals))
             click.echo(f"carried through, not executed: {names}", err=on_stderr)
         if talk.verbose:
             click.echo(table(report), err=on_stderr)

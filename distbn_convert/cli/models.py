@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -60,7 +61,10 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
 @click.option("--weights", help="torchvision's pretrained weights, for example DEFAULT.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing DST.")
-def export(name: str, dst: str, vt_world_size: int, weights: str | None, force: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def export(
+    name: str, dst: str, vt_world_size: int, weights: str | None, force: bool, as_json: bool
+) -> None:
     """Write the state dict of a torchvision model with virtual ranks.
 
     \b
@@ -70,10 +74,15 @@ def export(name: str, dst: str, vt_world_size: int, weights: str | None, force: 
     """
     with _needs_torchvision():
         from ..models import get_model
-    from ..checkpoint import save_state_dict
+    from ..checkpoint import inspect_checkpoint, save_state_dict
 
     model = get_model(name, vt_world_size, weights)
     save_state_dict(model.state_dict(), dst, overwrite=force)
+    if as_json:
+        output = asdict(inspect_checkpoint(dst).source)
+        document = {"schema": 1, "command": "models export", "model": name, "weights": weights}
+        echo_json({**document, "virtual_ranks": vt_world_size, "output": output})
+        return
     click.echo(f"wrote {name} with {vt_world_size} virtual ranks to {dst}")
 
 

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from ..checkpoint.places import human_size
 from ..checkpoint.report import CheckpointReport, FileInfo, GroupReport
 
-__all__ = ["summary", "table"]
+__all__ = ["one_line", "summary", "table"]
+
+
+def one_line(text: object) -> str:
+    """Return a text as one line that cannot steer the terminal; names in a file can be anything."""
+    words = " ".join(str(text).split())
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in words
+    )
 
 
 def summary(report: CheckpointReport, done: str) -> str:
@@ -22,11 +31,11 @@ def summary(report: CheckpointReport, done: str) -> str:
     }[done]
     if report.output is None:
         return f"would have {done} {layers} {what}: {_file(report.source)}"
-    return f"{done} {layers} {what}: {report.source.path} -> {_file(report.output)}"
+    return f"{done} {layers} {what}: {one_line(report.source.path)} -> {_file(report.output)}"
 
 
 def _file(info: FileInfo) -> str:
-    return f"{info.path} ({info.format}, {human_size(info.bytes)})"
+    return f"{one_line(info.path)} ({info.format}, {human_size(info.bytes)})"
 
 
 def table(report: CheckpointReport) -> str:
@@ -51,7 +60,7 @@ def table(report: CheckpointReport) -> str:
 
 def _row(group: GroupReport, virtual: bool) -> list[str]:
     tracked = "-" if group.tracked is None else str(group.tracked)
-    row = [group.name or "(top level)", str(group.channels), group.dtype, tracked]
+    row = [one_line(group.name) or "(top level)", str(group.channels), group.dtype, tracked]
     if virtual:
         row += ["-" if group.ranks is None else str(group.ranks), *_spread(group)]
     if group.action == "skipped":

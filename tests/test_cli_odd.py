@@ -1,0 +1,70 @@
+"""The command line on odd input: names, text from files, options that contradict each other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distbn_convert.checkpoint import convert_checkpoint
+
+from .checkpoints import Net, load, run_cli
+
+BELL = "\x1b]0;owned\x07\x1b[2J\r\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", [b"\xff", b"-x", b"%s {0}", b"line\nbreak", b"\x1b[31m", b" "])
+def test_a_file_may_have_any_name(capsys: Any, tmp_path: Path, name: bytes, suffix: str) -> None:
+    plain, virtual, back = (
+        tmp_path / (start + os.fsdecode(name) + suffix) for start in ("", "v", "b")
+    )
+    made = tmp_path / "made"
+    torch.save(Net().state_dict(), made)
+    convert_checkpoint(
+        made, tmp_path / f"made{suffix}", 2, format="auto" if suffix == ".pth" else "safetensors"
+    )
+    os.replace(tmp_path / f"made{suffix}", virtual)
+    done = run_cli(capsys, "revert", "--", virtual, plain)
+    assert (done.code, done.err) == (0, "")
+    assert len(done.out.splitlines()) == 1
+    assert done.out.rstrip("\n").isprintable()
+    assert run_cli(capsys, "convert", "--vt-world-size", 2, "--", plain, back).code == 0
+    assert run_cli(capsys, "convert", "-f", "--vt-world-size", 2, "--", plain, back).code == 0
+    assert back.read_bytes() == virtual.read_bytes()
+
+
+def test_text_from_a_file_cannot_steer_the_terminal(capsys: Any, tmp_path: Path) -> None:
+    statistics = {f"{BELL}bn.running_mean": torch.ones(3), f"{BELL}bn.running_var": torch.ones(3)}
+    torch.save({BELL: statistics}, tmp_path / "in.pth")
+    virtual = tmp_path / "v.pth"
+    for args in (
+        ("inspect", tmp_path / "in.pth"),
+        ("convert", tmp_path / "in.pth", virtual, "--vt-world-size", 2, "-v"),
+        ("convert", virtual, tmp_path / "w.pth", "--vt-world-size", 2),
+        ("verify", virtual, "--against", tmp_path / "in.pth"),
+        ("inspect", virtual),
+    ):
+        done = run_cli(capsys, *args)
+        assert "owned" in done.out + done.err or args[0] == "verify"
+        assert all(line.isprintable() for line in (done.out + done.err).split("\n")), args
+
+
+def test_a_rank_without_select_is_a_usage_error(capsys: Any, tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "in.pth")
+    convert_checkpoint(tmp_path / "in.pth", tmp_path / "v.pth", 4)
+    done = run_cli(capsys, "revert", tmp_path / "v.pth", tmp_path / "o.pth", "--rank", 3)
+    assert done.code == 2
+    assert "--rank 3 goes with --reduction select, not mean." in done.err
+    assert not (tmp_path / "o.pth").exists()
+    done = run_cli(
+        capsys,
+        *("revert", tmp_path / "v.pth", tmp_path / "o.pth", "--rank", 3, "--reduction", "select"),
+    )
+    assert done.code == 0
+    assert load(tmp_path / "o.pth").keys() == load(tmp_path / "in.pth").keys()
