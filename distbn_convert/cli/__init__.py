@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from typing import Any
 
 import click
 
