@@ -9,18 +9,30 @@ compared with the definition in float64.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from distbn_convert import kernels
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import gpu, reference
 from distbn_convert.kernels.gpu import launch
+from distbn_convert.kernels.gpu.ticketed import take_ticket
 
-from .kernel_cases import CASES, Case, check, cloned, compute, force, make, widened
+from .kernel_cases import (
+    CASES,
+    Case,
+    check,
+    check_nan,
+    check_underflow,
+    compute,
+    force,
+    make,
+    widened,
+)
 
 MARGIN = 37
 _buffers: list[tuple[Tensor, int]] = []
@@ -73,22 +85,36 @@ def check_kernel(kind: str) -> None:
         check(case, make(case, guarded_copy))
         check_margins()
     check_nan()
+    check_underflow()
 
 
-def check_nan() -> None:
-    """A NaN passes a ReLU as it does in torch, in both directions."""
-    case = Case((6, 2, 5), vt_world_size=2, relu=True)
-    for residual in (False, True):
-        torch.manual_seed(0)
-        tensors = make(replace(case, residual=residual))
-        tensors["residual" if residual else "x"][1, 1, 3] = float("nan")
-        ours, theirs = (
-            compute(backend, replace(case, residual=residual), cloned(tensors))
-            for backend in (gpu, reference)
-        )
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-        assert ours["y"].isnan().sum() == (1 if residual else 15)
-        assert not ours["dbias"].isnan().any()
+@triton.jit
+def record_tickets(sync, splits, depth, visits):
+    gathers, slab, piece = take_ticket(sync, splits, depth)
+    row = visits + 3 * tl.program_id(0)
+    tl.store(row, gathers.to(tl.int32))
+    tl.store(row + 1, slab)
+    tl.store(row + 2, piece)
+
+
+def check_schedule() -> None:
+    """Tickets visit every piece twice, and no wait is for a later ticket."""
+    for slabs, splits, depth in ((1, 3, 1), (2, 1, 2), (5, 2, 1), (5, 2, 3), (5, 1, 5), (7, 1, 4)):
+        visits = torch.full((2 * slabs * splits, 3), -1, dtype=torch.int32)
+        sync = torch.zeros(slabs + 1, dtype=torch.int32)
+        record_tickets[(len(visits),)](sync, splits, depth, visits)
+        rows = [tuple(row) for row in visits.tolist()]
+        pieces = {(slab, piece) for slab in range(slabs) for piece in range(splits)}
+        for gathers in (0, 1):
+            assert {row[1:] for row in rows if row[0] == gathers} == pieces
+        assert len(set(rows)) == len(rows)
+        for ticket, (gathers, slab, _) in enumerate(rows):
+            before = {row[1:] for row in rows[:ticket] if row[0]}
+            if not gathers:
+                assert {(slab, piece) for piece in range(splits)} <= before
+            # What is gathered and not yet applied must fit in L2.
+            applied = [row[1] for row in rows[:ticket] if not row[0]]
+            assert slab <= max(applied, default=-1) + depth + 1
 
 
 def check_operator() -> None:
@@ -122,4 +148,6 @@ def check_operator() -> None:
 
 
 if __name__ == "__main__":
-    check_operator() if sys.argv[1] == "operator" else check_kernel(sys.argv[1])
+    checks = {"operator": check_operator, "schedule": check_schedule}
+    name = sys.argv[1]
+    checks[name]() if name in checks else check_kernel(name)

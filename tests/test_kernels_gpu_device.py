@@ -19,7 +19,17 @@ from distbn_convert.kernels import gpu, reference, select_backend
 from distbn_convert.kernels.gpu import rule
 
 from .ddp import dealt_batches, make_data, make_model, train_ddp
-from .kernel_cases import CASES, KINDS, Case, check, compute, force, make
+from .kernel_cases import (
+    CASES,
+    KINDS,
+    Case,
+    check,
+    check_nan,
+    check_underflow,
+    compute,
+    force,
+    make,
+)
 from .resnet import resnet50
 
 pytestmark = [
@@ -91,6 +101,17 @@ def test_every_kernel_agrees_with_the_definition(
     if case.wide:
         monkeypatch.setattr(launch, "_NARROW", 0)
     check(case, make(case, cuda))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_relu_treats_nan_and_underflow_as_torch_does(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbn_convert.kernels.gpu import launch
+
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    check_nan(cuda)
+    check_underflow(cuda)
 
 
 def repeat(case: Case) -> int:
