@@ -7,12 +7,18 @@ import torch
 from distbn_convert.kernels import gpu
 from distbn_convert.kernels.gpu import launch
 
-from .kernel_cases import CASES, KINDS, compute, force, make
+from .kernel_cases import CASES, KINDS, Case, compute, force, make
+
+# Some of each layout, dtype, partition and epilogue: every launch is slow under a sanitizer.
+SOME = [CASES[place] for place in (1, 3, 5, 9, 13, 15, 16)]
+# The rule's own choice, with programs enough to wait for each other.
+WAITING = Case((32, 64, 28, 28), 4, channels_last=True, dtype=torch.bfloat16, relu=True)
 
 if __name__ == "__main__":
+    compute(gpu, WAITING, make(WAITING, torch.Tensor.cuda))
     for kind in KINDS:
         launch.select_kernel = force(kind)
-        for case in CASES:
+        for case in SOME:
             compute(gpu, case, make(case, torch.Tensor.cuda))
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -7,7 +7,7 @@ the byte limits are estimates for a GPU with 132 multiprocessors and 50 MB of L2
 Large channels_last shares that do not fit in registers can be cut in three launches
 (``"split"``) or in the one of :mod:`.ticketed`, where programs wait for others. By bytes the latter
 wins: its second read comes from L2, so that forward and backward move 2 and 3 tensors instead of 3
-and 5, on 77 % of ResNet-50's bytes. ``TICKETED`` chooses it. It has not run on a device yet, and a
+and 5, on 70 % of ResNet-50's bytes. ``TICKETED`` chooses it. It has not run on a device yet, and a
 mistake in it could hang or be seen once in a million steps; what speaks for it all the same is
 that the whole backend stays off until a device has run its tests (:mod:`..gpu`), among them a
 thousand repeats of this kernel, and that split kernels cannot reach the bytes' floor at all.
