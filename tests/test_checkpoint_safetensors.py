@@ -190,7 +190,6 @@ def test_a_source_that_is_cut_short_meanwhile_is_told(tmp_path: Path) -> None:
     source.write_bytes(bytes(1 << 24))
     opened = Source(source).__enter__()
     with open(tmp_path / "out", "wb") as out:
-        assert opened.copier(out.fileno(), False) is not None  # mapped before it shrinks
         os.truncate(source, 1 << 22)
         out.write(b"x")
         with pytest.raises(ReadError, match="changed while it was read"):

@@ -61,7 +61,10 @@ class FlatStore:
         output = atomic_output(
             dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
         )
-        with output as stream, reading_back(stream, options.verify, self.path) as back:
+        with (
+            output as stream,
+            reading_back(stream, options.verify, options.fsync, self.path) as back,
+        ):
             rewrite(self.path, stream, self.header, new, progress=options.progress, back=back)
             if back is not None:
                 stream.flush()

@@ -10,22 +10,25 @@ from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from .checksums import checksum_of
+from .flush import start_flushing
 from .places import StrPath, access_error
 
 __all__ = ["ReadBack", "reading_back", "same_bytes_of"]
 
 _CHUNK = 1 << 20  # bytes; two of them stay in the processor's cache
+_REQUEST = 32 << 20  # bytes that the disk is given at once
 
 
 @contextmanager
 def reading_back(
-    file: IO[bytes], enabled: bool, source: StrPath | None = None
+    file: IO[bytes], enabled: bool, fsync: bool, source: StrPath | None = None
 ) -> Iterator[ReadBack | None]:
     """Read a file back during the block, as far as it is told to; None if not enabled.
 
     Args:
         file: being written, as :func:`atomic_output` gives it.
         enabled: whether to.
+        fsync: whether the disk shall hold the file, so that each part is sent there at once.
         source: **path** of the file that parts are copied from. Default: None
     """
     if not enabled:
@@ -38,7 +41,7 @@ def reading_back(
             original = files.enter_context(_open(source))
         thread = ThreadPoolExecutor(1, "read-back")
         files.callback(thread.shutdown, cancel_futures=True)
-        yield ReadBack(written, original, thread)
+        yield ReadBack(written, original, thread, fsync)
 
 
 def _open(source: StrPath) -> io.FileIO:
@@ -58,17 +61,25 @@ class ReadBack:
         written: the file, of which only this object moves the position.
         source: the file that parts are copied from, likewise, if there is one.
         thread: with one worker, which reads.
+        fsync: whether parts are sent to the disk.
     """
 
     def __init__(
-        self, written: io.FileIO, source: io.FileIO | None, thread: ThreadPoolExecutor
+        self,
+        written: io.FileIO,
+        source: io.FileIO | None,
+        thread: ThreadPoolExecutor,
+        fsync: bool,
     ) -> None:
         self._written, self._source, self._thread = written, source, thread
+        self._fsync = fsync
+        self._sent = 0
         self._checksums: dict[tuple[int, int], Future[int | None]] = {}
         self._runs: list[_Run] = []
 
     def take_checksum(self, start: int, length: int) -> None:
         """Begin to read a part that was written."""
+        self._send(start + length)
         job = self._thread.submit(checksum_of, self._written, start, length)
         self._checksums[start, length] = job
 
@@ -81,6 +92,7 @@ class ReadBack:
         shift = source_start - start
         if not self._runs or (self._runs[-1].stop, self._runs[-1].shift) != (start, shift):
             self._runs.append(_Run(start, shift))
+        self._send(start + length)
         job = self._thread.submit(self._is_same, start, length, source_start)
         self._runs[-1].add(length, job)
 
@@ -91,6 +103,13 @@ class ReadBack:
             return False
         run = self._runs[place]
         return start + length <= run.stop and run.shift == source_start - start and run.is_same()
+
+    def _send(self, stop: int) -> None:
+        """Let the disk begin with what is written so far, if that is worth a request."""
+        if self._fsync and stop - self._sent >= _REQUEST:
+            descriptor = self._written.fileno()
+            self._thread.submit(start_flushing, descriptor, self._sent, stop - self._sent)
+            self._sent = stop
 
     def _is_same(self, start: int, length: int, source_start: int) -> bool:
         assert self._source is not None

@@ -106,7 +106,7 @@ def write_tree(
     output = atomic_output(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
     )
-    with output as stream, reading_back(stream, options.verify) as back:
+    with output as stream, reading_back(stream, options.verify, options.fsync) as back:
         save_torch(file, Counted(stream, options.progress, expected, back))
         if back is not None:
             stream.flush()
