@@ -168,6 +168,16 @@ def test_steps_between_images_do_not_spoil_the_variance(layout: str) -> None:
     assert ((1 / rstd[0].double() ** 2 - 1e-5 - var).abs() / var).max() < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(64, 4096), (8, 4096, 7), (64, 512, 3)], ids=str)
+def test_a_few_values_to_a_rank_keep_their_digits(shape: tuple[int, ...]) -> None:
+    """One of eight may be far from the others; as a shift it would cost digits."""
+    input = torch.randn(shape)
+    _, _, rstd = cpu.forward(input, *(None,) * 6, 0.1, 1e-5, 8, False, False)
+    shares = input.double().reshape(8, -1, shape[1], *shape[2:]).movedim(2, 1).flatten(2)
+    expected = (shares.var(-1, correction=0) + 1e-5).rsqrt()
+    assert ((rstd - expected).abs() / expected).max() < 3e-7
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_bad_value_spoils_its_rank_and_channel_alone(layout: str, value: float) -> None:

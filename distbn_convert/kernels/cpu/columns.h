@@ -25,13 +25,11 @@ struct ColumnsForward : ColumnsBase<T> {
 
   // The means of the first rows of a chunk, to subtract before squaring.
   void head_means(const Group& g, Chunk chunk, A* means) const {
-    const int64_t rows = chunk.end - chunk.begin;
-    if (chunk.last_run - chunk.first_run >= kHeadPart) {
-      chunk.last_run = chunk.first_run + ceil_div(chunk.last_run - chunk.first_run, kHeadPart);
-    } else {
-      chunk.end = chunk.begin + ceil_div(rows, kHeadPart);
-      chunk.last_run = chunk.first_run + 1;
-    }
+    const int64_t rows = std::max(kMinHead, ceil_div(chunk.size(), kHeadPart));
+    const int64_t length = std::min(chunk.end - chunk.begin, rows);
+    const int64_t runs = std::min(chunk.last_run - chunk.first_run, ceil_div(rows, length));
+    chunk.end = chunk.begin + length;
+    chunk.last_run = chunk.first_run + runs;
     std::fill_n(means, this->padded, A(0));
     this->each_rows(
         g, chunk,

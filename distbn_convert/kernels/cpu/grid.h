@@ -10,8 +10,10 @@ constexpr int64_t kColumnsChunk = 65536;
 constexpr int64_t kMinChunkRows = 256;
 constexpr int64_t kMaxColumns = 1024;
 constexpr int64_t kWide = 512;
-// A chunk's shift is the mean of this part of its rows.
+// A chunk's shift is the mean of this part of its rows, but of so many at least: of a few rows, one
+// may be far from the others.
 constexpr int64_t kHeadPart = 16;
+constexpr int64_t kMinHead = 16;
 // Rows summed in float32 before the sums go to double.
 constexpr int64_t kFlushRows = 64;
 // Bytes of a group that stay in the second-level cache until they are read again.

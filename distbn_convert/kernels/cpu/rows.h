@@ -12,6 +12,7 @@ constexpr int64_t kRowsChunk = 16384;
 // The part of a chunk's values that gives its shift; a sum of squares around it loses at most log2 of
 // this many bits.
 constexpr int64_t kRowsHeadPart = 16;
+constexpr int64_t kRowsMinHead = 64;
 // Values summed in float32 lanes (64 of them) before the sums go to double.
 constexpr int64_t kRowsFlush = 4096;
 // Shorter runs are not streamed: too many of their lines are shared with the next channel's run, and
@@ -145,7 +146,7 @@ struct RowsForward : RowsBase<T> {
 
   // The mean of the first values of a chunk, to subtract before squaring.
   A head_mean(const T* p, int64_t stride, const Chunk& chunk) const {
-    const int64_t values = ceil_div(chunk.size(), kRowsHeadPart);
+    const int64_t values = std::max(kRowsMinHead, ceil_div(chunk.size(), kRowsHeadPart));
     const int64_t length = std::min(chunk.end - chunk.begin, values);
     const int64_t runs = std::min(chunk.last_run - chunk.first_run, ceil_div(values, length));
     LaneSums<A> sums;
