@@ -105,13 +105,13 @@ def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) ->
     for name, tensor in others.items():
         if tensor is None:
             continue
-        shape = vector if name in ("weight", "bias") else rows
+        shape, allowed = vector if name in ("weight", "bias") else rows, dtypes
         if name == "num_batches_tracked":
-            shape = (vt_world_size,)
-        elif tensor.dtype not in dtypes:
+            shape, allowed = (vt_world_size,), (torch.int64,)
+        if tensor.dtype not in allowed:
             raise InputError(
-                f"expected {name} of {_either(dtypes)} for an input of "
-                f"{input.dtype}, but got {tensor.dtype}; convert the input or the layer."
+                f"expected {name} of {_either(allowed)} for an input of {input.dtype}, but got "
+                f"{tensor.dtype}; convert the input or the layer."
             )
         if tensor.shape != shape:
             raise InputError(
@@ -142,7 +142,7 @@ def check_residual(residual: Tensor, input: Tensor) -> None:
 def check_values(input: Tensor, vt_world_size: int) -> None:
     """Refuse a share with one value per channel: it has no variance."""
     samples = input.shape[0]
-    if input.shape[2:].numel() != 1 or samples == 0 or samples >= 2 * vt_world_size:
+    if samples >= 2 * vt_world_size or samples == 0 or input.shape[2:].numel() != 1:
         return
     rank = share_sizes(samples, vt_world_size).index(1)
     raise InputError(

@@ -30,7 +30,8 @@ __all__ = ["dist_batch_norm"]
 _LIBRARY = torch.library.Library("distbn_convert", "DEF")
 _LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual,"
-    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? num_batches_tracked,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked,"
     " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu)"
     " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -49,12 +50,20 @@ def _batch_norm(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _batch_norm_backward(
     grad_output: Tensor, input: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     return select_backend(input).backward(grad_output, input, *args)
 
 
+def _batch_norm_backward_operator(
+    grad_output: Tensor, input: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An operator cannot return None; 0 elements stand for it."""
+    dx, dw, db, grad_residual = _batch_norm_backward(grad_output, input, *args)
+    return dx, dw, db, input.new_empty((0,)) if grad_residual is None else grad_residual
+
+
 _LIBRARY.impl("batch_norm", _batch_norm, "CompositeExplicitAutograd")
-_LIBRARY.impl("batch_norm_backward", _batch_norm_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_norm_backward", _batch_norm_backward_operator, "CompositeExplicitAutograd")
 
 
 def _batch_norm_fake(
@@ -148,6 +157,7 @@ def _differentiate(
     saved: _Saved = ctx.saved_tensors
     weight = saved[1]
     eps, *settings = ctx.settings
+    grads: tuple[Any, ...]
     if not compiling and torch.is_grad_enabled():
         grads = _differentiable_gradients(grad_output, saved, eps, *settings)
     elif (
@@ -276,7 +286,7 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
                 for value, dim in zip(inputs, in_dims, strict=True)
             ]
             if shared_rows and index:  # one batch updates the rows once
-                arguments[4:6] = None, None
+                arguments[4:7] = None, None, None
             results.append(_FunctorchBatchNorm.apply(*arguments))
         output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
         return (output, mean, rstd), (0, 0, 0)
@@ -372,9 +382,6 @@ def dist_batch_norm(
     if residual is not None:
         check_residual(residual, input)
     check_values(input, vt_world_size)
-    if num_batches_tracked is not None:
-        ranks = min(input.shape[0], vt_world_size) or vt_world_size
-        (num_batches_tracked if ranks == vt_world_size else num_batches_tracked[:ranks]).add_(1)
     rest = (
         running_mean,
         running_var,

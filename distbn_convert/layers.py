@@ -140,7 +140,8 @@ class DistBatchNormMixin(_BatchNorm):
         )
 
     def _normalize_ranks(self, input: Tensor, *epilogue: Any) -> Tensor:
-        mean, var, counts = (getattr(self, name) for name in STATISTICS)
+        statistics: Any = self.running_mean, self.running_var, self.num_batches_tracked
+        mean, var, counts = statistics
         if not self.track_running_stats or mean is None:
             return self._dist_batch_norm(input, None, None, None, *epilogue)
         if self.accumulation_steps == 1:
@@ -193,8 +194,7 @@ class DistBatchNormMixin(_BatchNorm):
                 f"{tuple(input.shape)}); reshape it, or use the layer of that dimension."
             )
         # Tracing makes a tensor of the size and warns of comparing it.
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if not tracing and input.shape[1] != self.num_features:
+        if torch._C._get_tracing_state() is None and input.shape[1] != self.num_features:
             raise InputError(
                 f"expected {self.num_features} channels (dimension 1), but got an input of shape "
                 f"{tuple(input.shape)}; check the layer before this one."

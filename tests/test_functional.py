@@ -293,7 +293,11 @@ def test_vt_world_size_must_be_a_positive_int(value: Any) -> None:
 def test_one_value_per_channel_names_the_batch_the_ranks_and_the_rank(
     shape: tuple[int, ...], ranks: int, rank: int
 ) -> None:
-    counts, mean, var = torch.zeros(ranks), torch.zeros(ranks, 3), torch.ones(ranks, 3)
+    counts, mean, var = (
+        torch.zeros(ranks, dtype=torch.long),
+        torch.zeros(ranks, 3),
+        torch.ones(ranks, 3),
+    )
     with pytest.raises(InputError) as caught:
         dist_batch_norm(torch.randn(shape), mean, var, None, None, counts, vt_world_size=ranks)
     message = str(caught.value)
@@ -338,7 +342,8 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], match: str) -> None
         ({"bias": torch.ones(4)}, r"expected bias of shape \(3,\)"),
         ({"running_mean": torch.zeros(3)}, r"expected running_mean of shape \(2, 3\)"),
         ({"running_var": torch.zeros(4, 3)}, r"expected running_var of shape .* over 2 virtual r"),
-        ({"num_batches_tracked": torch.zeros(4)}, r"expected num_batches_tracked of shape \(2,\)"),
+        ({"num_batches_tracked": torch.zeros(4).long()}, r"num_batches_tracked of shape \(2,\)"),
+        ({"num_batches_tracked": torch.zeros(2)}, "expected num_batches_tracked of torch.int64"),
         ({"input": torch.ones(8, 3, dtype=torch.long)}, "of float16, .* but got torch.int64; conv"),
         ({"input": torch.randn(8, 3, dtype=torch.cfloat)}, "but got torch.complex64"),
         ({"weight": torch.ones(3).double()}, "weight of torch.float32 for .* got torch.float64"),

@@ -70,13 +70,15 @@ def assert_equal_to_reference(
             return tensor.double() if wide and tensor is not None else tensor
 
         buffers = [cast(row).clone() for row in rows]
+        seen = counts.clone()
         x, w, b = cast(input), *map(cast, affine)
         output, mean, rstd = backend.forward(
-            x, w, b, None, *buffers, counts, momentum, 1e-3, ranks, interleaved, False
+            x, w, b, None, *buffers, seen, momentum, 1e-3, ranks, interleaved, False
         )
         gradients = backend.backward(
             cast(upstream), x, w, b, None, mean, rstd, ranks, interleaved, False
         )
+        assert seen.tolist() == [v + 1 + (v < len(input)) for v in range(ranks)]
         return [output, mean, rstd, *buffers, *gradients[:3]]
 
     assert cpu.supports(input)
@@ -138,7 +140,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], lay
                 gradients = cpu.backward(
                     upstream, input, None, None, None, mean, rstd, ranks, False, False
                 )
-                results.append([output, mean, rstd, *gradients])
+                results.append([output, mean, rstd, *gradients[:3]])
     finally:
         torch.set_num_threads(threads)
     for index, result in enumerate(results):
@@ -236,7 +238,7 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(
         input, None, None, None, rows[0][0], rows[1][0], None, 0.1, 1e-5, 2, False, False
     )
     gradients = cpu.backward(gradient, input, None, None, None, mean, rstd, 2, False, False)
-    results = [output, mean, rstd, *gradients]
+    results = [output, mean, rstd, *gradients[:3]]
     assert not any(result.isnan().any() for result in results)
     assert all((fence[:128] == 7).all() and (fence[-128:] == 7).all() for _, fence in rows)
 
@@ -264,7 +266,7 @@ def test_large_outputs_are_written_past_the_caches_to_any_address(
         return output
 
     ops = torch.ops.distbn_convert_cpu
-    output = written(ops.forward, mean, rstd, input, *(None,) * 5, 0.1, 1e-5)
+    output = written(ops.forward, mean, rstd, input, *(None,) * 5, False, 0.1, 1e-5)
     gradient = written(ops.backward, *sums, upstream, input, None, mean, rstd)
     expected = reference.forward(input, *(None,) * 6, 0.1, 1e-5, 2, False, False)[0]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2

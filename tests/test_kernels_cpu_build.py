@@ -84,7 +84,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expect_line(caplog: pytest.LogCaptureFixture, level: str, text: str) -> None:
     caplog.set_level(logging.INFO)
-    assert build._load.__wrapped__() is False
+    assert build._load() is False
     assert [record.levelname for record in caplog.records] == [level]
     assert text in caplog.text
 

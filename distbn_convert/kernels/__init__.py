@@ -50,7 +50,7 @@ class Backend(Protocol):
         vt_world_size: int,
         interleaved: bool,
         relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the gradients of input, weight, bias and residual."""
 
 

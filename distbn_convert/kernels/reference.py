@@ -22,6 +22,7 @@ from .partition import gather_ranks, scatter_ranks
 __all__ = [
     "accumulate_dtype",
     "backward",
+    "count_batch",
     "forward",
     "gradients",
     "mask",
@@ -112,6 +113,14 @@ def _affine(
     )
 
 
+def count_batch(num_batches_tracked: Tensor, input: Tensor) -> None:
+    """Increment the counter of each rank that has samples; an empty batch counts for all."""
+    ranks = min(input.shape[0], len(num_batches_tracked)) or len(num_batches_tracked)
+    # Slicing costs as much as adding.
+    whole = ranks == len(num_batches_tracked)
+    (num_batches_tracked if whole else num_batches_tracked[:ranks]).add_(1)
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None,
@@ -135,7 +144,9 @@ def forward(
         residual: ``Tensor[N, C, *]`` of the input's dtype, added to the result, or None.
         running_mean: ``Tensor[V, C]`` or None; written.
         running_var: ``Tensor[V, C]`` or None; written, with Bessel's correction.
-        num_batches_tracked: ``int64 Tensor[V]``, read only if ``momentum`` is None.
+        num_batches_tracked: ``int64 Tensor[V]`` or None; incremented first, for each rank that
+            has samples (an empty batch counts for all); the average's weight if ``momentum`` is
+            None.
         momentum: weight of the new batch; None for the cumulative average.
         eps: added to the variance.
         vt_world_size: number of virtual ranks ``V``.
@@ -150,7 +161,8 @@ def forward(
     x = input.to(dtype)
     mean, var = statistics(x, vt_world_size, interleaved)
     rstd = torch.rsqrt(var + eps)
-
+    if num_batches_tracked is not None:
+        count_batch(num_batches_tracked, input)
     if running_mean is not None and running_var is not None and input.numel():
         values = _share_counts(input, vt_world_size, dtype) * input.shape[2:].numel()
         factor: float | Tensor
@@ -182,7 +194,7 @@ def backward(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Differentiate :func:`forward`.
 
     Args:
@@ -202,9 +214,9 @@ def backward(
         gradients of input (shape, dtype and strides of ``input``), weight and bias
         (``Tensor[C]`` in the accumulation dtype, summed over the ranks), and residual: the masked
         ``grad_output``, with the strides of ``input``, if there was a ReLU and ``output`` is
-        given, else a tensor with no elements (without a ReLU it is ``grad_output`` itself).
+        given, else None (without a ReLU it is ``grad_output`` itself).
     """
-    grad_residual = input.new_empty((0,))
+    grad_residual = None
     if relu:
         grad_output = mask(grad_output, input, weight, bias, output, mean, rstd, interleaved)
         if output is not None:

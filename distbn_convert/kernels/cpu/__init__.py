@@ -61,14 +61,15 @@ def forward(
         bias,
         running_mean if tracked else None,
         running_var if tracked else None,
-        num_batches_tracked if momentum is None else None,
+        num_batches_tracked,
+        momentum is None,
         0.0 if momentum is None else momentum,
         eps,
         interleaved,
         channels_last,
     )
-    if running_mean is not None and running_var is not None:
-        increment_version((running_mean, running_var))
+    written = (running_mean, running_var, num_batches_tracked)
+    increment_version([tensor for tensor in written if tensor is not None])
     output = _restore(output, x, input)
     if residual is not None:
         output.add_(residual)
@@ -88,7 +89,7 @@ def backward(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See :func:`distbn_convert.kernels.reference.backward`."""
     x, channels_last = _arrange(input)
     if relu:
@@ -112,7 +113,7 @@ def backward(
         interleaved,
         channels_last,
     )
-    grad_residual = input.new_empty((0,))
+    grad_residual = None
     if relu and output is not None:
         grad_residual = _restore(grad_output, x, input)
     return _restore(grad_input, x, input), grad_weight, grad_bias, grad_residual

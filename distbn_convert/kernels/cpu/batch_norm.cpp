@@ -53,6 +53,12 @@ Values values_of(const std::optional<Tensor>& tensor) {
   return tensor ? values_of(*tensor) : Values{};
 }
 
+// Each rank that has samples has seen one batch more.
+void count_batch(const Tensor& counters, const Problem& problem) {
+  int64_t* count = static_cast<int64_t*>(counters.data_ptr());
+  for (int64_t v = 0; v < std::min(problem.ranks, problem.samples); ++v) ++count[v * counters.stride(0)];
+}
+
 template <class Call>
 void dispatch(ScalarType dtype, const Call& call) {
   switch (dtype) {
@@ -66,12 +72,14 @@ void dispatch(ScalarType dtype, const Call& call) {
 
 void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optional<Tensor> weight,
              std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-             std::optional<Tensor> running_var, std::optional<Tensor> counters, double momentum,
-             double eps, bool interleaved, bool channels_last) {
+             std::optional<Tensor> running_var, std::optional<Tensor> counters, bool cumulative,
+             double momentum, double eps, bool interleaved, bool channels_last) {
   const Problem problem = problem_of(input, mean.size(0), interleaved);
+  if (counters) count_batch(*counters, problem);
   const ForwardStatistics statistics{
       values_of(mean),        values_of(rstd),     values_of(weight), values_of(bias),
-      values_of(running_mean), values_of(running_var), values_of(counters), momentum, eps};
+      values_of(running_mean), values_of(running_var), cumulative ? values_of(counters) : Values{},
+      momentum, eps};
   advise_huge_pages(output);
   dispatch(input.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -124,8 +132,8 @@ void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor gr
 STABLE_TORCH_LIBRARY(distbn_convert_cpu, library) {
   library.def(
       "forward(Tensor(a!) output, Tensor(b!) mean, Tensor(c!) rstd, Tensor input, Tensor? weight,"
-      " Tensor? bias, Tensor(d!)? running_mean, Tensor(e!)? running_var, Tensor? counters,"
-      " float momentum, float eps, bool interleaved, bool channels_last) -> ()");
+      " Tensor? bias, Tensor(d!)? running_mean, Tensor(e!)? running_var,"
+      " Tensor(f!)? counters, bool cumulative, float momentum, float eps, bool interleaved, bool channels_last) -> ()");
   library.def(
       "backward(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias,"
       " Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor rstd,"

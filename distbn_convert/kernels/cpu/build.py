@@ -10,7 +10,6 @@ drops it when its holder dies.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -41,6 +40,7 @@ _CAPABILITY_FLAGS = {
     ),
 }
 _LOCK = threading.Lock()
+_loaded: list[bool] = []
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,14 @@ def load() -> bool:
         Whether the operators exist. If not, one log line has said why: at level INFO where
         that is to be expected, WARNING where a compiler failed.
     """
+    if _loaded:  # each forward and backward asks
+        return _loaded[0]
     with _LOCK:
-        return _load()
+        if not _loaded:
+            _loaded.append(_load())
+    return _loaded[0]
 
 
-@functools.cache
 def _load() -> bool:
     try:
         torch.ops.load_library(_build())

@@ -79,6 +79,8 @@ def forward(
     running = None
     if running_mean is not None and running_var is not None:
         running = running_mean.contiguous(), running_var.contiguous()
+    if num_batches_tracked is not None:
+        reference.count_batch(num_batches_tracked, input)
     counts = None if num_batches_tracked is None else num_batches_tracked.contiguous()
     y, mean, rstd = launch.forward(
         input,
@@ -110,7 +112,7 @@ def backward(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Differentiate :func:`forward`; see :func:`..reference.backward`."""
     partition = vt_world_size, interleaved
     if input.numel() == 0:
@@ -124,7 +126,7 @@ def backward(
         grad_output, input, *affine, kept, *moments, *partition, relu
     )
     grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
-    grad_residual = input.new_empty((0,)) if masked is None else _like(masked, input)
+    grad_residual = None if masked is None else _like(masked, input)
     return _like(dx, input), grad_weight, grad_bias, grad_residual
 
 
