@@ -12,6 +12,7 @@ from .kernels.partition import PARTITIONS, share_sizes
 
 __all__ = [
     "check_activation",
+    "check_impl",
     "check_numbers",
     "check_partition",
     "check_residual",
@@ -20,6 +21,8 @@ __all__ = [
     "check_values",
     "check_vt_world_size",
 ]
+
+IMPLEMENTATIONS = ("auto", "op", "decomposed")
 
 # Dtype of the input -> those of weight, bias and running statistics, as torch's batch norm has it.
 _COMPANION_DTYPES = {
@@ -54,6 +57,15 @@ def check_activation(activation: str | None) -> None:
         raise ConfigurationError(
             f"activation must be 'relu' or None, but got {activation!r}; "
             "leave it None and apply the activation to the result."
+        )
+
+
+def check_impl(impl: str) -> None:
+    """Raise ConfigurationError unless ``impl`` is a known word."""
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigurationError(
+            f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, but got {impl!r}; "
+            "leave it 'auto'."
         )
 
 

@@ -2,7 +2,8 @@
 
 Two operators, ``distbn_convert::batch_norm`` and ``distbn_convert::batch_norm_backward``,
 hand their tensors to a backend of :mod:`distbn_convert.kernels`; an autograd function joins
-them. The operators are opaque to ``torch.compile``, which keeps ``fullgraph=True``.
+them. The operators are opaque to ``torch.compile``, which keeps ``fullgraph=True``; it can be
+given the reference's plain operations instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .checks import (
     check_activation,
+    check_impl,
     check_numbers,
     check_partition,
     check_residual,
@@ -23,7 +25,7 @@ from .checks import (
     check_vt_world_size,
 )
 from .errors import ConfigurationError
-from .kernels import keeps_output, reference, select_backend
+from .kernels import has_kernel, keeps_output, reference, select_backend
 
 __all__ = ["dist_batch_norm"]
 
@@ -151,7 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd:
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor, compiling: bool
+    ctx: Any, grad_output: Tensor, compiling: bool, decomposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of input, weight, bias and residual."""
     saved: _Saved = ctx.saved_tensors
@@ -160,6 +162,8 @@ def _differentiate(
     grads: tuple[Any, ...]
     if not compiling and torch.is_grad_enabled():
         grads = _differentiable_gradients(grad_output, saved, eps, *settings)
+    elif decomposed:
+        grads = reference.backward(grad_output, *saved, *settings)
     elif (
         compiling or _is_watched(grad_output, *saved[:2]) or not torch._C._has_storage(grad_output)
     ):
@@ -261,6 +265,19 @@ class _TracedBatchNorm(torch.autograd.Function):
         return *_differentiate(ctx, grad_outputs[0], compiling), *(None,) * 8
 
 
+class _DecomposedBatchNorm(_TracedBatchNorm):
+    """The same in plain operations, for a compiler that fuses them with what comes after."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        return *_differentiate(ctx, grad_outputs[0], compiling, True), *(None,) * 8
+
+
 class _FunctorchBatchNorm(_TracedBatchNorm):
     """The same under ``torch.func``, with rules for forward mode and vmap."""
 
@@ -292,6 +309,11 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
         return (output, mean, rstd), (0, 0, 0)
 
 
+def _decomposes(impl: str, input: Tensor) -> bool:
+    """Say whether a compiler is given plain operations, and not the operator."""
+    return impl == "decomposed" or (impl == "auto" and not has_kernel(input.device, input.dtype))
+
+
 def dist_batch_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -306,6 +328,7 @@ def dist_batch_norm(
     partition: str = "contiguous",
     activation: str | None = None,
     residual: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     r"""Normalise each virtual rank's share of a batch with that share's own statistics.
 
@@ -338,14 +361,18 @@ def dist_batch_norm(
             where the backend can, forward and backward. Default: None
         residual: ``Tensor[N, C, *]``, added before the activation; shape, dtype and device of
             ``input`` (autocast casts neither, as with torch's batch norm). Default: None
+        impl: ``"op"`` computes with the kernels, which ``torch.compile`` cannot look into;
+            ``"decomposed"`` with plain torch operations, which it can fuse with what comes after;
+            ``"auto"`` with the kernels where there are some for the input's device and dtype, and
+            under ``torch.compile`` with plain operations elsewhere. Default: ``"auto"``
 
     Returns:
         ``Tensor[N, C, *]`` with the dtype and memory format of ``input``. Statistics are
         computed in float32, for float64 input in float64.
 
     Raises:
-        ConfigurationError: ``vt_world_size``, ``momentum``, ``eps``, ``partition`` or
-            ``activation`` is not allowed.
+        ConfigurationError: ``vt_world_size``, ``momentum``, ``eps``, ``partition``,
+            ``activation`` or ``impl`` is not allowed.
         InputError: a shape, dtype or device is wrong (weight, bias and statistics have the dtype
             of the input, or float32 for a float16 or bfloat16 input; residual is like the input),
             or a rank has a single value per channel.
@@ -368,6 +395,7 @@ def dist_batch_norm(
     check_vt_world_size(vt_world_size)
     check_partition(partition)
     check_activation(activation)
+    check_impl(impl)
     check_numbers(momentum, eps)
     check_statistics(momentum, running_mean, running_var, num_batches_tracked)
     check_tensors(
@@ -393,7 +421,10 @@ def dist_batch_norm(
         activation is not None,
     )
     if torch.compiler.is_compiling():
-        return _TracedBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
+        function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
+        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
+    if impl == "decomposed":
+        return reference.forward(input, weight, bias, residual, *rest)[0]
     if torch._C._are_functorch_transforms_active():
         return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
     return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore

@@ -63,6 +63,7 @@ class DistBatchNormMixin(_BatchNorm):
     eval_reduction: str
     eval_rank: int
     accumulation_steps: int
+    impl = "auto"
     input_dims: ClassVar[tuple[int, ...]] = ()
 
     def __init__(
@@ -184,6 +185,7 @@ class DistBatchNormMixin(_BatchNorm):
             partition=self.partition,
             activation=activation,
             residual=residual,
+            impl=self.impl,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -285,6 +287,11 @@ class DistBatchNorm2d(DistBatchNormMixin, nn.BatchNorm2d):
         eval_rank: **int**, the rank that ``"select"`` takes. Default: 0
         accumulation_steps: **int**, A micro-steps stand for V * A ranks: the statistics have V * A
             rows and micro-step a trains rows aV to aV + V - 1. Default: 1
+
+    Attributes:
+        impl: **str**, how training computes: ``"auto"``, ``"op"`` or ``"decomposed"``, see
+            :func:`~distbn_convert.functional.dist_batch_norm`; set it after construction.
+            Default: ``"auto"``
 
     Shape: ``Tensor[N, C, H, W]``, output alike, with the memory format of the input.
 

@@ -315,6 +315,26 @@ def test_inductor_trains_as_eager_does(momentum: float | None) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # inductor of 2.6
 @pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize(
+    ("partition", "momentum", "layout"),
+    [
+        ("contiguous", 0.1, torch.channels_last),
+        ("interleaved", None, torch.contiguous_format),
+    ],
+)
+def test_inductor_trains_decomposed_layers_as_eager_does(
+    partition: str, momentum: float | None, layout: torch.memory_format
+) -> None:
+    model = make_converted(torch.float32, momentum=momentum, partition=partition)
+    model = model.to(memory_format=layout)
+    for norm in norms(model):
+        norm.impl = "decomposed"
+    assert_compiled_training_equals_eager(model, (12, 10, 3, 18), dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # inductor of 2.6
+@pytest.mark.usefixtures("_compiler")
 def test_inductor_evaluates_as_eager_does() -> None:
     model = make_converted(torch.float32, eval_reduction="pooled").eval()
     before, compiled = copy.deepcopy(model.state_dict()), torch.compile(model, fullgraph=True)

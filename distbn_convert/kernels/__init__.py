@@ -6,13 +6,14 @@ the module and name it in ``_BACKENDS``; nothing above this folder changes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from . import cpu, gpu, reference
 
-__all__ = ["Backend", "keeps_output", "select_backend"]
+__all__ = ["Backend", "has_kernel", "keeps_output", "select_backend"]
 
 
 class Backend(Protocol):
@@ -63,6 +64,38 @@ def select_backend(input: Tensor) -> Backend:
         if backend.supports(input):
             return backend
     raise AssertionError("the reference takes everything")
+
+
+class _Probe(NamedTuple):
+    """What a backend asks of an input, without its memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: torch.layout = torch.strided
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def numel(self) -> int:
+        return 1
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether tensors like these have a backend other than the reference.
+
+    ``torch.compile`` asks while it traces, and keeps the answer.
+    """
+    probe: Any = _Probe(device, dtype)
+    return select_backend(probe) is not reference
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def keeps_output(input: Tensor, residual: Tensor | None, relu: bool) -> bool:

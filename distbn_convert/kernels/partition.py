@@ -9,17 +9,24 @@ block ``v`` of the batch (contiguous) or the samples ``p`` with ``p % V == v``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PARTITIONS", "gather_ranks", "scatter_ranks", "share_sizes"]
+__all__ = ["PARTITIONS", "gather_ranks", "scatter_ranks", "share_of", "share_sizes"]
 
 PARTITIONS = ("contiguous", "interleaved")
 
 
+def share_of(num_samples: int, vt_world_size: int) -> tuple[int, int]:
+    """Return the samples of every rank, and how many ranks have one more.
+
+    Not ``divmod``: a compiler that keeps the batch size symbolic has none.
+    """
+    return num_samples // vt_world_size, num_samples % vt_world_size
+
+
 def share_sizes(num_samples: int, vt_world_size: int) -> tuple[int, ...]:
     """Return the number of samples of each rank, ``V`` integers."""
-    q, r = divmod(num_samples, vt_world_size)
+    q, r = share_of(num_samples, vt_world_size)
     return (q + 1,) * r + (q,) * (vt_world_size - r)
 
 
@@ -34,21 +41,21 @@ def gather_ranks(samples: Tensor, vt_world_size: int, interleaved: bool) -> Tens
     Returns:
         ``Tensor[V, ceil(N / V), C]``; the missing samples of shorter shares are zeros.
     """
-    q, r = divmod(samples.shape[0], vt_world_size)
-    channels = samples.shape[1]
-    if interleaved:
-        if r:
-            samples = F.pad(samples, (0, 0, 0, vt_world_size - r))
-        return samples.reshape(-1, vt_world_size, channels).transpose(0, 1)
+    q, r = share_of(samples.shape[0], vt_world_size)
     if not r:
-        return samples.reshape(vt_world_size, q, channels)
-    longer, shorter = samples.split([r * (q + 1), (vt_world_size - r) * q])
-    return torch.cat(
-        [
-            longer.reshape(r, q + 1, channels),
-            F.pad(shorter.reshape(vt_world_size - r, q, channels), (0, 0, 0, 1)),
-        ]
-    )
+        if interleaved:
+            return samples.reshape(q, vt_world_size, samples.shape[1]).transpose(0, 1)
+        return samples.reshape(vt_world_size, q, samples.shape[1])
+    rank = torch.arange(vt_world_size, device=samples.device)[:, None]
+    turn = torch.arange(q + 1, device=samples.device)
+    if interleaved:
+        index = rank + vt_world_size * turn
+        missing = index >= samples.shape[0]
+    else:
+        index = rank * q + rank.clamp(max=r) + turn
+        missing = turn >= q + (rank < r).long()
+    values = samples[index.clamp(max=samples.shape[0] - 1)]
+    return values.masked_fill(missing[:, :, None], 0)
 
 
 def scatter_ranks(ranks: Tensor, num_samples: int, interleaved: bool) -> Tensor:
@@ -62,9 +69,15 @@ def scatter_ranks(ranks: Tensor, num_samples: int, interleaved: bool) -> Tensor:
     Returns:
         ``Tensor[N, C]``.
     """
-    q, r = divmod(num_samples, ranks.shape[0])
-    if interleaved:
-        return ranks.repeat(q + bool(r), 1)[:num_samples]
+    vt_world_size, channels = ranks.shape
+    q, r = share_of(num_samples, vt_world_size)
     if not r:
-        return ranks.repeat_interleave(q, 0)
-    return torch.cat([ranks[:r].repeat_interleave(q + 1, 0), ranks[r:].repeat_interleave(q, 0)])
+        if interleaved:
+            return ranks.repeat(q, 1)
+        return ranks[:, None].expand(-1, q, -1).reshape(num_samples, channels)
+    sample = torch.arange(num_samples, device=ranks.device)
+    if interleaved:
+        return ranks[sample % vt_world_size]
+    longer = r * (q + 1)  # samples of the ranks that have one more
+    rank = torch.where(sample < longer, sample // (q + 1), r + (sample - longer) // (q or 1))
+    return ranks[rank]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .partition import gather_ranks, scatter_ranks
+from .partition import gather_ranks, scatter_ranks, share_of
 
 __all__ = [
     "accumulate_dtype",
@@ -55,7 +55,7 @@ def _sum_positions(values: Tensor) -> Tensor:
 
 def _share_counts(input: Tensor, vt_world_size: int, dtype: torch.dtype) -> Tensor:
     """Return the samples of each rank, at least 1 so that it can divide: ``Tensor[V, 1]``."""
-    q, r = divmod(input.shape[0], vt_world_size)
+    q, r = share_of(input.shape[0], vt_world_size)
     counts = input.new_full((vt_world_size, 1), q, dtype=dtype)
     counts[:r] += 1
     return counts.clamp(min=1)
@@ -172,8 +172,9 @@ def forward(
             assert num_batches_tracked is not None  # functional.py has checked it
             factor = 1 / num_batches_tracked.to(dtype)[:, None]
         ranks = min(input.shape[0], vt_world_size)
-        _average_into(running_mean, mean, factor, ranks)
-        _average_into(running_var, var * (values / (values - 1).clamp_(min=1)), factor, ranks)
+        unbiased = var.detach() * (values / (values - 1).clamp(min=1))
+        _average_into(running_mean, mean.detach(), factor, ranks)
+        _average_into(running_var, unbiased, factor, ranks)
 
     output = _affine(x, weight, bias, mean, rstd, interleaved)
     if residual is not None:
