@@ -1,10 +1,15 @@
 """Time the GPU kernels over ResNet-50's batch norms against torch's and against memory.
 
-``python scripts/gpu_bench.py RESULTS.json``, N=256, V=8. For each memory layout, dtype and pass:
-the sum over the 53 layers of the median time of a call, ours and ``F.batch_norm``'s, and of the
-bytes that must be moved (forward: read x, write y; backward: read x and dy, write dx) at the
-bandwidth of a copy measured in the same run. Layers that take the ticketed kernels are also timed
-with the split ones (``split_ms``). Then a ResNet-50 training step. A table comes last.
+``python scripts/gpu_bench.py RESULTS.json``, N=256, V=8. For each memory layout and dtype that has
+a bar (``gpu_table.py``) and each pass: the sum over the 53 layers of the median time of a call,
+ours and ``F.batch_norm``'s, and of the bytes that must be moved (forward: read x, write y;
+backward: read x and dy, write dx) at the bandwidth of a copy measured in the same run. The same
+for a forward with its ReLU. Layers that take the ticketed kernels are also timed with the split
+ones (``split_ms``). Then a ResNet-50 training step. A table comes last, each bar met or missed.
+
+``python scripts/gpu_bench.py RESULTS.json compiled`` times that step under ``torch.compile``
+instead, plain and with each ``impl``: it decides what ``impl="auto"`` should be on a GPU. It is
+not part of gpu_check, as compiling takes minutes.
 """
 
 from __future__ import annotations
@@ -21,20 +26,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from gpu_table import BARS, Row, render, render_compiled, summarize
 from torch import Tensor, nn
 from triton.testing import do_bench
 
-from distbn_convert import convert_model
+from distbn_convert import DistBatchNorm2d, convert_model
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels.gpu import rule
 from distbn_convert.kernels.gpu.launch import arrange, describe
 from tests.aot import RESNET50
 from tests.resnet import resnet50
 
-SAMPLES, RANKS = 256, 8
+# A test without a GPU makes these small.
+DEVICE, SAMPLES, RANKS, SIDE, STEPS = "cuda", 256, 8, 224, 10
+LAYERS = RESNET50
+COPIED = 256 * 2**20
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Row = dict[str, Any]
 
 
 def median_ms(function: Callable[[], Any]) -> float:
@@ -43,53 +51,68 @@ def median_ms(function: Callable[[], Any]) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes per millisecond that a copy reads and writes."""
-    source = torch.empty(256 * 2**20, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(COPIED, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source))
 
 
-def time_layer(x: Tensor, bandwidth: float) -> list[Row]:
+def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
+    """Time those passes of one layer, ours and torch's."""
     channels = x.shape[1]
-    weight, bias = (torch.ones(channels, device="cuda").requires_grad_() for _ in range(2))
-    rows = torch.zeros(RANKS, channels, device="cuda"), torch.ones(RANKS, channels, device="cuda")
+    weight, bias = (torch.ones(channels, device=DEVICE).requires_grad_() for _ in range(2))
+    rows = torch.zeros(RANKS, channels, device=DEVICE), torch.ones(RANKS, channels, device=DEVICE)
     plain_rows = rows[0][0].clone(), rows[1][0].clone()
-    x.requires_grad_()
+    leaves = x.requires_grad_(), weight, bias
 
-    def ours() -> Tensor:
-        return dist_batch_norm(x, *rows, weight, bias, vt_world_size=RANKS)
+    def ours(activation: str | None = None) -> Tensor:
+        return dist_batch_norm(
+            x, *rows, weight, bias, vt_world_size=RANKS, activation=activation, impl="op"
+        )
 
     def plain() -> Tensor:
         return F.batch_norm(x, *plain_rows, weight, bias, True)
 
-    leaves = x, weight, bias
-    times = {"ms": time_passes(ours, leaves), "plain_ms": time_passes(plain, leaves)}
+    def measure() -> dict[str, float]:
+        times = dict(zip(("forward", "backward"), time_passes(ours, leaves), strict=True))
+        if "relu forward" in passes:
+            times["relu forward"] = time_forward(lambda: ours("relu"))
+        return times
+
+    ms = measure()
+    plain_ms = dict(zip(("forward", "backward"), time_passes(plain, leaves), strict=True))
+    if "relu forward" in passes:
+        plain_ms["relu forward"] = time_forward(lambda: plain().relu_())
     share = describe(*arrange(x.detach()), RANKS, False)
-    kinds = [share.choose(backward).kind for backward in (False, True)]
-    times["split_ms"] = times["ms"]
-    if "ticketed" in kinds:
-        times["split_ms"] = with_split_kernels(lambda: time_passes(ours, leaves))
+    kinds = {name: share.choose(name == "backward").kind for name in ms}
+    split_ms = with_split_kernels(measure) if "ticketed" in kinds.values() else ms
     return [
         {
-            "pass": "backward" if backward else "forward",
-            "kernel": kinds[backward],
-            **{name: both[backward] for name, both in times.items()},
-            "floor_ms": (3 if backward else 2) * x.nbytes / bandwidth,
+            "pass": name,
+            "kernel": kinds[name],
+            "ms": ms[name],
+            "plain_ms": plain_ms[name],
+            "split_ms": split_ms[name],
+            "floor_ms": (3 if name == "backward" else 2) * x.nbytes / bandwidth,
         }
-        for backward in (False, True)
+        for name in ms
     ]
+
+
+def time_forward(function: Callable[[], Tensor]) -> float:
+    with torch.no_grad():
+        return median_ms(function)
 
 
 def time_passes(function: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> tuple[float, float]:
     """Milliseconds of the forward and of the backward."""
-    with torch.no_grad():
-        forward = median_ms(function)
+    forward = time_forward(function)
     output = function()
     upstream = torch.randn_like(output)
     backward = median_ms(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True))
     return forward, backward
 
 
-def with_split_kernels(measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+def with_split_kernels(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Measure with the split kernels in place of the ticketed ones."""
     before, rule.TICKETED = rule.TICKETED, False
     try:
@@ -99,65 +122,63 @@ def with_split_kernels(measure: Callable[[], tuple[float, float]]) -> tuple[floa
 
 
 def time_layers(bandwidth: float) -> list[Row]:
+    """Time what the bars ask for."""
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for bar in BARS:
+        wanted.setdefault((bar.dtype, bar.layout), set()).add(bar.what)
     rows = []
-    for layout, memory_format in LAYOUTS.items():
-        for dtype, torch_dtype in DTYPES.items():
-            for (channels, side), count in RESNET50.items():
-                shape = SAMPLES, channels, side, side
-                x = torch.randn(shape, device="cuda", dtype=torch_dtype)
-                x = x.to(memory_format=memory_format)
-                for row in time_layer(x, bandwidth):
-                    what = {"layout": layout, "dtype": dtype, "channels": channels, "side": side}
-                    rows.append({**what, "count": count, **row})
+    for (dtype, layout), passes in wanted.items():
+        for (channels, side), count in LAYERS.items():
+            x = torch.randn(SAMPLES, channels, side, side, device=DEVICE, dtype=DTYPES[dtype])
+            x = x.to(memory_format=LAYOUTS[layout])
+            what = {"layout": layout, "dtype": dtype, "channels": channels, "side": side}
+            rows += [{**what, "count": count, **row} for row in time_layer(x, passes, bandwidth)]
     return rows
 
 
-def time_step(converted: bool) -> float:
-    """Milliseconds of a bf16 autocast, channels_last training step of ResNet-50."""
+def make_model(norm: str) -> nn.Module:
+    """ResNet-50 with torch's batch norm ("plain"), or with ours and that ``impl``."""
     torch.manual_seed(0)
     model: nn.Module = resnet50()
-    model = convert_model(model, RANKS) if converted else model
-    model = model.cuda().to(memory_format=torch.channels_last)
+    if norm != "plain":
+        model = convert_model(model, RANKS)
+        for module in model.modules():
+            if isinstance(module, DistBatchNorm2d):
+                module.impl = norm
+    return model.to(DEVICE).to(memory_format=torch.channels_last)
+
+
+def time_step(norm: str, compiled: bool = False) -> float:
+    """Milliseconds of a bf16 autocast, channels_last training step of ResNet-50."""
+    model = make_model(norm)
+    call: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(SAMPLES, 3, 224, 224, device="cuda")
+    images = torch.randn(SAMPLES, 3, SIDE, SIDE, device=DEVICE)
     images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (SAMPLES,), device="cuda")
+    labels = torch.randint(0, 1000, (SAMPLES,), device=DEVICE)
 
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = F.cross_entropy(call(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3 / steps
 
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 100
-
-
-def summarize(rows: list[Row]) -> list[Row]:
-    """Sum the layers of each layout, dtype and pass."""
-    table: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        key = row["dtype"], row["layout"], row["pass"]
-        names = "ms", "plain_ms", "split_ms", "floor_ms"
-        total = table.setdefault(key, dict.fromkeys(names, 0.0))
-        for name in total:
-            total[name] += row["count"] * row[name]
-    return [
-        {"dtype": key[0], "layout": key[1], "pass": key[2], **total} for key, total in table.items()
-    ]
+    run(3)  # compiles, and fills the allocator
+    return run(STEPS)
 
 
 def machine() -> Row:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    """What a number means nothing without."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -168,36 +189,35 @@ def machine() -> Row:
     }
 
 
-def render(summary: list[Row], steps: Row, bandwidth: float, where: Row) -> str:
-    lines = [
-        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, "
-        f"copy {bandwidth / 1e9:.2f} TB/s, N={SAMPLES}, V={RANKS}, sum over 53 layers",
-        f"{'':32}{'ms':>8}{'split':>8}{'plain':>8}{'/ plain':>9}{'/ floor':>9}",
-    ]
-    for row in summary:
-        name = f"{row['dtype']} {row['layout']} {row['pass']}"
-        ratios = row["ms"] / row["plain_ms"], row["ms"] / row["floor_ms"]
-        lines.append(
-            f"{name:32}{row['ms']:8.2f}{row['split_ms']:8.2f}{row['plain_ms']:8.2f}"
-            f"{ratios[0]:9.2f}{ratios[1]:9.2f}"
-        )
-    ours, plain = steps["converted_ms"], steps["plain_ms"]
-    step = "ResNet-50 step, bf16 autocast"
-    lines.append(f"{step:32}{ours:8.1f}{'':8}{plain:8.1f}{ours / plain:9.2f}")
-    return "\n".join(lines)
-
-
-def main(path: Path) -> None:
-    bandwidth, where = copy_bandwidth(), machine()
+def run_layers(where: Row) -> tuple[Row, str]:
+    """Time the layers and the step; results and table."""
+    bandwidth = copy_bandwidth()
     layers = time_layers(bandwidth)
-    torch.cuda.empty_cache()
-    steps = {"converted_ms": time_step(True), "plain_ms": time_step(False)}
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    steps = {"converted_ms": time_step("op"), "plain_ms": time_step("plain")}
     summary = summarize(layers)
-    results = {"machine": where, "copy_bytes_per_ms": bandwidth, "samples": SAMPLES}
-    results |= {"ranks": RANKS, "summary": summary, "step": steps, "layers": layers}
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(render(summary, steps, bandwidth, where))
+    title = (
+        f"{where['device']}, torch {where['torch']}, triton {where['triton']}, "
+        f"copy {bandwidth / 1e9:.2f} TB/s, N={SAMPLES}, V={RANKS}, sum over 53 layers"
+    )
+    results = {"copy_bytes_per_ms": bandwidth, "summary": summary, "step": steps, "layers": layers}
+    return results, render(summary, steps, title)
+
+
+def run_compiled() -> tuple[Row, str]:
+    """Time the step under torch.compile; results and table."""
+    steps = {norm: time_step(norm, compiled=True) for norm in ("plain", "op", "decomposed")}
+    return {"compiled_step_ms": steps}, render_compiled(steps)
+
+
+def main(path: str, what: str = "layers") -> None:
+    where = machine()
+    results, table = run_compiled() if what == "compiled" else run_layers(where)
+    results = {"machine": where, "samples": SAMPLES, "ranks": RANKS, **results}
+    Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:])

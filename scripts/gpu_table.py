@@ -1,0 +1,74 @@
+"""What gpu_bench.py prints: sums over the layers, and every bar that they must meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Bar(NamedTuple):
+    """The most that a sum over ResNet-50's 53 layers may be, over torch's and over the floor."""
+
+    dtype: str
+    layout: str
+    what: str
+    plain: float
+    floor: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype} {self.layout} {self.what}"
+
+
+# For ReLU, "plain" is torch's batch norm, then its ReLU in place.
+BARS = [
+    *(Bar("bf16", "contiguous", what, 0.6, 1.25) for what in ("forward", "backward")),
+    *(Bar("fp32", "contiguous", what, 0.8, 1.25) for what in ("forward", "backward")),
+    *(Bar("bf16", "channels_last", what, 0.8, 1.4) for what in ("forward", "backward")),
+    *(Bar("fp16", "channels_last", what, 0.95, 1.4) for what in ("forward", "backward")),
+    *(Bar("bf16", layout, "relu forward", 0.5, 1.3) for layout in ("contiguous", "channels_last")),
+]
+STEP_BAR = 1.0
+
+
+def summarize(rows: list[Row]) -> list[Row]:
+    """Sum the layers of each bar, in the order of the bars."""
+    names = "ms", "plain_ms", "split_ms", "floor_ms"
+    summary = []
+    for bar in BARS:
+        layers = [row for row in rows if (row["dtype"], row["layout"], row["pass"]) == bar[:3]]
+        total = {name: math.fsum(row["count"] * row[name] for row in layers) for name in names}
+        summary.append({"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, **total})
+    return summary
+
+
+def verdict(value: float, bar: float) -> str:
+    """A ratio, the most that it may be, and whether it is."""
+    return f"{value:6.2f} <= {bar:4.2f} {'met' if value <= bar else 'MISSED':6}"
+
+
+def render(summary: list[Row], steps: Row, title: str) -> str:
+    """Draw the table; a ratio that is over its bar says MISSED."""
+    lines = [
+        title,
+        f"{'':34}{'ms':>8}{'split':>8}{'plain':>8}  {'/ plain':22}{'/ floor':22}".rstrip(),
+    ]
+    for bar, row in zip(BARS, summary, strict=True):
+        ratios = row["ms"] / row["plain_ms"], row["ms"] / row["floor_ms"]
+        verdicts = verdict(ratios[0], bar.plain), verdict(ratios[1], bar.floor)
+        times = f"{row['ms']:8.2f}{row['split_ms']:8.2f}{row['plain_ms']:8.2f}"
+        lines.append(f"{bar.name:34}{times}  {verdicts[0]}  {verdicts[1]}".rstrip())
+    ours, plain = steps["converted_ms"], steps["plain_ms"]
+    times = f"{ours:8.1f}{'':8}{plain:8.1f}"
+    name = "ResNet-50 step, bf16 channels_last"
+    lines.append(f"{name:34}{times}  {verdict(ours / plain, STEP_BAR)}".rstrip())
+    return "\n".join(lines)
+
+
+def render_compiled(steps: Row) -> str:
+    """Draw the compiled steps; there is no bar for them."""
+    lines = ["ResNet-50 step under torch.compile, bf16 channels_last, ms"]
+    lines += [f"  {name:12}{time:8.1f}" for name, time in steps.items()]
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""scripts/gpu_bench.py without a GPU: every path of it on small CPU tensors, and its verdicts."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in ("gpu_bench", "gpu_table"):
+        sys.modules.pop(name, None)
+
+
+def once_ms(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+@pytest.fixture
+def bench(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark with a batch of four, one layer and the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    module = importlib.import_module("gpu_bench")
+    small = {"DEVICE": "cpu", "SAMPLES": 4, "RANKS": 2, "SIDE": 32, "STEPS": 1}
+    small |= {"LAYERS": {(8, 3): 53}, "COPIED": 2**10, "median_ms": once_ms}
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_every_bar_is_measured_and_kept_as_data(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    bench.main(str(path))
+    results, table = json.loads(path.read_text()), capsys.readouterr().out.splitlines()
+    assert len(results["summary"]) == len(bench.BARS) == 10
+    assert all(row["ms"] > 0 and row["plain_ms"] > 0 for row in results["summary"])
+    measured = {(row["dtype"], row["layout"], row["pass"]) for row in results["layers"]}
+    assert measured == {bar[:3] for bar in bench.BARS}
+    assert results["machine"].keys() >= {"device", "python", "torch", "triton", "commit"}
+    assert [line.split("  ")[0] for line in table[2:-1]] == [bar.name for bar in bench.BARS]
+    assert table[-1].startswith("ResNet-50 step")
+    assert all(("met" in line) != ("MISSED" in line) for line in table[-1:])
+
+
+def test_split_kernels_are_timed_and_put_back(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(bench.rule, "TICKETED", True)
+    bench.with_split_kernels(lambda: seen.append(bench.rule.TICKETED) or {})
+    assert seen == [False]
+    assert bench.rule.TICKETED is True
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_timed(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 1000)
+    monkeypatch.setattr(bench, "resnet50", lambda: torch.nn.Sequential(*net, *head))
+    torch._dynamo.reset()
+    bench.main(str(tmp_path / "results.json"), "compiled")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["compiled_step_ms"].keys() == {"plain", "op", "decomposed"}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_table_says_of_each_bar_whether_it_is_met() -> None:
+    table = importlib.import_module("gpu_table")
+    rows = [
+        {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
+        | {"ms": 1.0, "plain_ms": 2.0, "split_ms": 1.5, "floor_ms": 0.75}
+        for bar in table.BARS
+        for count in (50, 3)
+    ]
+    text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
+    lines = text.splitlines()
+    first = "   53.00   79.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
+    assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
+    last = "    11.0            10.0    1.10 <= 1.00 MISSED"
+    assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"
