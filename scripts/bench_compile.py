@@ -1,9 +1,16 @@
 """Time batch norm and what follows it under torch.compile: the op, decomposed, and torch's own.
 
 ``python scripts/bench_compile.py [RESULTS.json]``, N=64, V=8, float32 on the CPU, one thread as
-set by OMP_NUM_THREADS. ``fused`` is ``activation="relu"``. What ``impl="auto"`` does under a
-compiler is chosen by these figures: the op, as on one core it takes 0.5 of the decomposed form's
-time before nothing and 0.8 before a ReLU or SiLU.
+set by OMP_NUM_THREADS. ``fused`` is ``activation="relu"``. ``impl="auto"`` takes the op under a
+compiler on a CPU by such figures, one core, op / decomposed, forward and backward:
+
+* in turns, as here: 0.4 to 0.9 at 64x56x56, 512x28x28 and 256x14x14, but for 1.1 before a SiLU at
+  256x14x14; at 2048x7x7 1.6, 0.8 and 0.9 before nothing, ReLU and SiLU;
+* in turns at 256x56x56 (205 MB a tensor) the op loses: 2.2, 1.1 and 1.7 contiguous. Alone in a
+  process it wins there: 0.33, 0.7 and 0.7, in channels_last 0.35, 0.9 and 0.65. What the others
+  leave behind in the allocator is the likely reason, which was not proved.
+
+One run of the first list; its channels_last part was cut short after 256x56x56, before a ReLU.
 """
 
 from __future__ import annotations
