@@ -422,9 +422,9 @@ def dist_batch_norm(
     )
     if torch.compiler.is_compiling():
         function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
-        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
+        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
     if impl == "decomposed":
         return reference.forward(input, weight, bias, residual, *rest)[0]
     if torch._C._are_functorch_transforms_active():
-        return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore
-    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore
+        return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
