@@ -9,6 +9,8 @@ namespace distbn {
 constexpr int64_t kColumnsChunk = 65536;
 constexpr int64_t kMinChunkRows = 256;
 constexpr int64_t kMaxColumns = 1024;
+// Of what the second-level cache holds: sums and statistics of so many stay in the first.
+constexpr int64_t kCachedColumns = 256;
 constexpr int64_t kWide = 512;
 // A chunk's shift is the mean of this part of its rows, but of so many at least: of a few rows, one
 // may be far from the others.
@@ -39,7 +41,8 @@ struct Grid {
     const int64_t fitting = kCacheBytes / (rows * bytes_per_value) / 64 * 64;
     block = width;
     if (width >= kWide && fitting >= 64) block = std::min(block, fitting);
-    block = std::min(block, kMaxColumns);
+    const bool cached = p.size() * bytes_per_value <= kCacheBytes;
+    block = std::min(block, cached && fold == 1 ? kCachedColumns : kMaxColumns);
     if (!channels_last) block = std::max(block / fold * fold, fold);
     if (channels_last && fold > 1) block = width;
     blocks = ceil_div(width, block);
