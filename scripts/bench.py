@@ -6,9 +6,11 @@ import itertools
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,6 +44,21 @@ class Clock:
             torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in pairs]
         return [b - a for a, b in pairs]
+
+
+def require_green_tests(device: str) -> None:
+    """Run the tests of the backend that is measured; no speed is reported without correctness."""
+    name = "kernels_cpu" if device == "cpu" else "kernels_gpu_device"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"tests/test_{name}.py"], cwd=root, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise click.ClickException(
+            f"expected the backend's tests to pass, but tests/test_{name}.py did not, so no time "
+            f"is reported; mend what it found:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
 
 
 def measure(case: Case, providers: Iterable[str], repetitions: int) -> Iterator[dict[str, Any]]:
@@ -225,6 +242,7 @@ def make_cases(**choice: Any) -> Iterator[Case]:
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
 @click.option("--threads", type=int, help="Threads of torch. Default: torch's own number.")
 @click.option("--repetitions", default=7, show_default=True, help="Turns; medians are reported.")
+@click.option("--tests/--no-tests", default=True, help="Run the backend's tests first. Default: on")
 @click.option("--json", "json_path", help="Write long-format records here.")
 @click.option("--plot", "plot_path", help="Draw a picture (needs the extra 'plot').")
 def main(
@@ -232,6 +250,7 @@ def main(
     device: str,
     threads: int | None,
     repetitions: int,
+    tests: bool,
     json_path: str | None,
     plot_path: str | None,
     **choice: Any,
@@ -240,17 +259,19 @@ def main(
 
     Providers take turns in one process: plain (torch's BatchNorm), loop (a batch norm for each
     share, then cat), view (the interleaved view trick), compile (torch.compile of plain
-    arithmetic), ours, clone (the floor). Options marked multiple may be repeated. The results of
-    ours are checked against the loop in float64 first; if they are wrong, nothing is timed and
-    the exit code is 1.
+    arithmetic), ours, clone (the floor). Options marked multiple may be repeated. The backend's
+    tests run first (half a minute; they need the extra 'test'), then the results of ours are
+    checked against the loop in float64; if either fails, nothing is timed and the exit code is 1.
 
     \b
     Example, the table in the README:
-        python scripts/bench.py --set resnet50 --json runs/bench.json
+        python scripts/bench.py --set resnet50 --set small --dtype float32 --dtype bfloat16
     """
     torch.manual_seed(0)
     if threads:
         torch.set_num_threads(threads)
+    if tests:
+        require_green_tests(device)
     cases = list(make_cases(device=device, **choice))
     for case in cases:
         sample = (case.shape[0], min(case.shape[1], 40), *(min(s, 20) for s in case.shape[2:]))
