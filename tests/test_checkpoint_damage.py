@@ -223,3 +223,22 @@ def test_no_damage_of_a_zip_gets_past_its_checksums(
             assert out.read_bytes() == clean, told
             out.unlink()
     assert refused > 10
+
+
+def test_a_directory_that_points_before_the_file_is_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seeking there is the system's "invalid argument", but the file is at fault."""
+    path = torch_zip(tmp_path)
+    data = bytearray(path.read_bytes())
+    fields = [(b"PK\x05\x06", 16, 4), (b"PK\x06\x06", 48, 8)]  # where the directory begins
+    for signature, at, size in fields:
+        place = data.rfind(signature)
+        if place >= 0:
+            field = slice(place + at, place + at + size)
+            data[field] = (int.from_bytes(data[field], "little") + 64).to_bytes(size, "little")
+    path.write_bytes(data)
+    options = ["--vt-world-size", 4, "--check-input"]
+    result = run_cli(capsys, "convert", path, tmp_path / "out", *options)
+    assert (result.code, "is damaged" in result.err) == (5, True), result
+    assert not (tmp_path / "out").exists()

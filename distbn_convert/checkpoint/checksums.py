@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -47,6 +48,8 @@ def check_zip(
             sound = threads.map(lambda info: _is_sound(Path(path), info, known or {}), infos)
             damaged = [info for info, is_sound in zip(infos, sound, strict=True) if not is_sound]
     except OSError as error:
+        if error.errno == errno.EINVAL:  # sought where no file has bytes, as the directory told
+            raise ReadError(f"{called} is damaged: its zip directory is broken.") from error
         raise access_error(f"cannot read {called}", error) from error
     except zipfile.BadZipFile as error:
         raise ReadError(f"{called} is damaged: its zip directory is broken.") from error
