@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from distbn_convert import convert_model
+from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint
 from distbn_convert.checkpoint.allowed import allowed_globals
 from distbn_convert.cli import main
 
@@ -196,6 +197,30 @@ def resaved(path: Path) -> bytes:
 def load(path: Path) -> Any:
     """Load a checkpoint that the tests made themselves."""
     return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def bn_state(channels: int = 3, **entries: Any) -> dict[str, torch.Tensor]:
+    """The state dict of one BatchNorm under ``bn.``, with entries replaced or added."""
+    state = {
+        "bn.weight": torch.rand(channels),
+        "bn.bias": torch.randn(channels),
+        "bn.running_mean": torch.randn(channels),
+        "bn.running_var": torch.rand(channels) + 0.1,
+        "bn.num_batches_tracked": torch.tensor(7),
+    }
+    return state | entries
+
+
+def save(tmp_path: Path, content: Any, name: str = "in.pth") -> Path:
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+def round_trip(path: Path, ranks: int = 8, **options: Any) -> Path:
+    """Convert, revert; the results are beside the file, as virtual and back."""
+    convert_checkpoint(path, path.with_name("virtual"), ranks, fsync=False, **options)
+    revert_checkpoint(path.with_name("virtual"), path.with_name("back"), fsync=False, **options)
+    return path.with_name("back")
 
 
 class Result(NamedTuple):

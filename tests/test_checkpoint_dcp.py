@@ -219,7 +219,7 @@ def malicious(name: str, command: str) -> bytes:
         *("a change of a class", "a change of a function", "a change of torch.Size"),
     ],
 )
-def test_a_malicious_metadata_is_refused_and_not_executed(
+def test_case_40_a_malicious_metadata_is_refused_and_not_executed(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
     (folder / ".metadata").write_bytes(malicious(name, f"touch {tmp_path}/executed"))

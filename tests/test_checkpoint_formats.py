@@ -24,6 +24,7 @@ from distbn_convert.checkpoint import (
     revert_checkpoint,
     verify_checkpoint,
 )
+from distbn_convert.checkpoint.safetensors import read_header
 from distbn_convert.errors import (
     ConfigurationError,
     OutputExistsError,
@@ -65,6 +66,12 @@ def test_case_29_safetensors_come_back_byte_for_byte_with_their_metadata(
     revert_checkpoint(tmp_path / "v.safetensors", tmp_path / "back.safetensors")
     original = (tmp_path / "in.safetensors").read_bytes()
     assert (tmp_path / "back.safetensors").read_bytes() == original
+    names = list(read_header(tmp_path / "in.safetensors").tensors)
+    assert list(read_header(tmp_path / "v.safetensors").tensors) == names
+    save_file(tensors, tmp_path / "bare.safetensors")
+    convert_checkpoint(tmp_path / "bare.safetensors", tmp_path / "v2.safetensors", 8)
+    with safe_open(tmp_path / "v2.safetensors", "pt") as file:
+        assert file.metadata() is None
 
 
 def test_a_converted_safetensors_file_equals_what_the_package_would_save(tmp_path: Path) -> None:
@@ -117,6 +124,14 @@ def test_case_30_a_batch_norm_across_shards_is_converted(
         tensors.update(load_file(file) if safe else torch.load(file))
     assert after["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert tensors["conv1_BN.running_mean"].shape == (8, 40)
+    unchanged = {
+        name: data
+        for name, data in before.items()
+        if name != index.name
+        and not any(key.endswith(KEYS) for key, shard in weight_map.items() if shard == name)
+    }
+    assert len(unchanged) > 1
+    assert unchanged.items() <= contents(tmp_path / "v").items()
     revert_checkpoint(tmp_path / "v", tmp_path / "back")
     back = contents(tmp_path / "back")
     if safe:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from distbn_convert.checkpoint.safetensors import (
 )
 from distbn_convert.checkpoint.stream import Sink, Source
 from distbn_convert.errors import FileAccessError, ReadError, RefusedError
+
+from .checkpoints import run_cli
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32),
@@ -261,7 +264,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_header_is_refused_as_by_the_package(path: Path, name: str) -> None:
+def test_case_32_a_damaged_header_is_refused_as_by_the_package(path: Path, name: str) -> None:
     content, message = DAMAGED[name]
     path.write_bytes(content)
     with pytest.raises(ReadError, match=message) as caught:
@@ -273,7 +276,24 @@ def test_a_damaged_header_is_refused_as_by_the_package(path: Path, name: str) ->
         deserialize(content)
 
 
-def test_a_key_that_occurs_twice_is_refused_where_the_package_accepts_it(path: Path) -> None:
+@pytest.mark.parametrize("name", DAMAGED)
+def test_case_32_a_damaged_header_ends_the_command_with_status_5(
+    tmp_path: Path, capsys: Any, name: str
+) -> None:
+    content, message = DAMAGED[name]
+    path = tmp_path / "in.safetensors"
+    path.write_bytes(content)
+    done = run_cli(capsys, "convert", path, tmp_path / "o.safetensors", "--vt-world-size", 2)
+    assert done.code == 5, done
+    assert len(done.err.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["in.safetensors"]
+    told = (message, r"is empty \(0 bytes\)", "is not a checkpoint, or is damaged")
+    assert any(re.search(one, done.err) for one in told)
+
+
+def test_case_32_a_key_that_occurs_twice_is_refused_where_the_package_accepts_it(
+    path: Path,
+) -> None:
     one = b'"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
     content = header_bytes(b"{" + one + b"," + one + b"}", b"ab")
     assert len(deserialize(content)) == 1

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import random
+import sys
 import tarfile
 import types
 import zipfile
@@ -88,9 +89,8 @@ def test_case_22_odd_objects_are_refused_by_name_and_carried_with_opaque(
         convert_checkpoint(path, tmp_path / "no.pth", 4)
     assert not (tmp_path / "no.pth").exists()
     report = convert_checkpoint(path, tmp_path / "v.pth", 4, opaque=True)
-    assert {f"{__name__}.Config", f"{__name__}.Custom", "collections.deque"} <= set(
-        report.opaque_globals
-    )
+    listed = report.to_dict()["opaque_globals"]
+    assert {f"{__name__}.Config", f"{__name__}.Custom", "collections.deque"} <= set(listed)
     revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth", opaque=True)
     original, back = load(path), load(tmp_path / "back.pth")
     assert list(back) == list(original)
@@ -210,6 +210,26 @@ def test_case_35_torchscript_is_refused(tmp_path: Path) -> None:
             archive.writestr(f"script/{name}", b"\x80\x02N.")
     with pytest.raises(RefusedError, match=r"TorchScript.*state dict"):
         convert_checkpoint(tmp_path / "script.pt", tmp_path / "o", 2)
+
+
+def test_case_35_ultralytics_files_are_told_as_whole_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tasks = types.ModuleType("ultralytics.nn.tasks")
+    kind = type("DetectionModel", (nn.Sequential,), {"__module__": tasks.__name__})
+    tasks.DetectionModel = kind  # type: ignore[attr-defined]
+    for name in ("ultralytics", "ultralytics.nn"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, tasks.__name__, tasks)
+    model = kind(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).half()
+    path = save(tmp_path / "yolo.pt", {"epoch": -1, "model": model, "ema": None, "train_args": {}})
+    for name in ("ultralytics", "ultralytics.nn", tasks.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    done = run_cli(capsys, "convert", path, tmp_path / "o", "--vt-world-size", 2)
+    assert done.code == 4
+    assert "whole pickled nn.Module (ultralytics.nn.tasks.DetectionModel)" in done.err
+    assert "Save model.state_dict() instead" in done.err
+    assert os.listdir(tmp_path) == ["yolo.pt"]
 
 
 def test_a_lazy_model_is_refused(tmp_path: Path) -> None:

@@ -203,7 +203,9 @@ UNSAFE = [
 
 
 @pytest.mark.parametrize("shard", UNSAFE)
-def test_a_shard_outside_the_folder_is_refused_on_every_system(tmp_path: Path, shard: str) -> None:
+def test_case_31_a_shard_outside_the_folder_is_refused_on_every_system(
+    tmp_path: Path, shard: str
+) -> None:
     (tmp_path / "in").mkdir()
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     path = write_index(tmp_path / "in", {"a": shard})
@@ -246,13 +248,13 @@ def test_a_shard_of_another_kind_is_refused(
         ('{"weight_map": {}, "weight_map": {}}', "has the key 'weight_map' twice"),
     ],
 )
-def test_a_damaged_index_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_case_31_a_damaged_index_is_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ReadError, match=message):
         read_index(tmp_path)
 
 
-def test_a_huge_index_is_refused_unread(tmp_path: Path) -> None:
+def test_case_31_a_huge_index_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     with open(path, "wb") as file:
         file.truncate(10**9)
@@ -260,7 +262,7 @@ def test_a_huge_index_is_refused_unread(tmp_path: Path) -> None:
         read_index(path)
 
 
-def test_index_and_shards_must_agree(tmp_path: Path, kind: str) -> None:
+def test_case_31_index_and_shards_must_agree(tmp_path: Path, kind: str) -> None:
     suffix, save = (".safetensors", save_file) if kind == "safetensors" else (".bin", torch.save)
     one, two, name = f"1{suffix}", f"2{suffix}", f"model{suffix}.index.json"
     save({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / one)

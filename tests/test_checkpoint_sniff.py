@@ -164,7 +164,7 @@ def test_what_is_no_checkpoint_is_told_in_one_sentence(
     assert "\n" not in text
 
 
-def test_graphs_are_refused_with_advice(tmp_path: Path) -> None:
+def test_case_35_graphs_are_refused_with_advice(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated

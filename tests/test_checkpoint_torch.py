@@ -29,34 +29,21 @@ from distbn_convert.errors import (
     RefusedError,
 )
 
-from .checkpoints import BATCH_NORMS, STYLES, Net, load, resaved, torchvision_style, train
+from .checkpoints import (
+    BATCH_NORMS,
+    STYLES,
+    Net,
+    bn_state,
+    load,
+    resaved,
+    round_trip,
+    save,
+    torchvision_style,
+    train,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GROUPS = {"torchvision": 2, "timm": 2, "lightning": 2, "moco": 2}  # sets of BatchNorms
-
-
-def bn_state(channels: int = 3, **entries: Any) -> dict[str, torch.Tensor]:
-    """The state dict of one BatchNorm under ``bn.``, with entries replaced or added."""
-    state = {
-        "bn.weight": torch.rand(channels),
-        "bn.bias": torch.randn(channels),
-        "bn.running_mean": torch.randn(channels),
-        "bn.running_var": torch.rand(channels) + 0.1,
-        "bn.num_batches_tracked": torch.tensor(7),
-    }
-    return state | entries
-
-
-def save(tmp_path: Path, content: Any, name: str = "in.pth") -> Path:
-    torch.save(content, tmp_path / name)
-    return tmp_path / name
-
-
-def round_trip(path: Path, ranks: int = 8, **options: Any) -> Path:
-    """Convert, revert; the results are beside the file, as virtual and back."""
-    convert_checkpoint(path, path.with_name("virtual"), ranks, fsync=False, **options)
-    revert_checkpoint(path.with_name("virtual"), path.with_name("back"), fsync=False, **options)
-    return path.with_name("back")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -178,7 +165,9 @@ def test_case_03_nan_and_inf_are_carried_through_counted_and_strict_refuses(tmp_
     back = round_trip(
         save(tmp_path, bn_state(3, **{"bn.running_mean": odd}), "again.pth"), 2, overwrite=True
     )
-    assert torch.equal(load(back)["bn.running_mean"].isnan(), odd.isnan())
+    assert torch.equal(load(back)["bn.running_mean"].view(torch.int32), odd.view(torch.int32))
+    with pytest.raises(RefusedError, match="NaN or infinite"):
+        inspect_checkpoint(path, strict=True)
 
 
 def test_case_04_large_values_do_not_overflow_and_a_float16_overflow_is_an_error(
@@ -188,12 +177,29 @@ def test_case_04_large_values_do_not_overflow_and_a_float16_overflow_is_an_error
     assert torch.equal(
         load(round_trip(save(tmp_path, state)))["bn.running_var"], state["bn.running_var"]
     )
+    rows = torch.tensor([[3.4e38], [2.4e38], [3.2e38]])  # their sum is infinite in float32
+    path = save(tmp_path, {"bn.running_mean": rows, "bn.running_var": rows}, "large.pth")
+    revert_checkpoint(path, tmp_path / "mean.pth")
+    for value in load(tmp_path / "mean.pth").values():
+        assert value.item() == rows.double().mean().float().item()
     means = torch.tensor([[-60000.0], [60000.0]], dtype=torch.float16)
     half = {"bn.running_mean": means, "bn.running_var": torch.ones(2, 1, dtype=torch.float16)}
     path = save(tmp_path, half, "half.pth")
     with pytest.raises(RefusedError, match="running_var is too large for float16"):
         revert_checkpoint(path, tmp_path / "out.pth", "pooled")
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_case_02_denormals_survive_where_torch_flushes_them(tmp_path: Path) -> None:
+    tiny = torch.tensor([5.6e-45, 1.4e-45, 0.0, 1e-40])
+    path = save(tmp_path, bn_state(4, **{"bn.running_var": tiny}))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        back = round_trip(path, 7)
+    finally:
+        torch.set_flush_denormal(False)
+    assert back.read_bytes() == resaved(path)
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 65537, 2.0, True, "8"])
@@ -272,9 +278,13 @@ def test_case_10_and_11_missing_affine_and_counter_are_not_made_up(tmp_path: Pat
     assert report.groups[0].tracked is None
     assert "no num_batches_tracked" in " ".join(report.warnings)
     plain = nn.BatchNorm2d(3, affine=False).state_dict()
-    assert round_trip(save(tmp_path, plain, "affine.pth"), overwrite=True).read_bytes() == resaved(
-        tmp_path / "affine.pth"
-    )
+    assert set(plain) == {"running_mean", "running_var", "num_batches_tracked"}
+    frozen = bn_state()  # as torchvision's FrozenBatchNorm2d and InplaceABN save
+    del frozen["bn.num_batches_tracked"]
+    for name, content in (("affine.pth", plain), ("frozen.pth", frozen)):
+        back = round_trip(save(tmp_path, content, name), overwrite=True)
+        assert back.read_bytes() == resaved(tmp_path / name)
+        assert list(load(tmp_path / "virtual")) == list(content)
 
 
 def test_case_12_instance_norm_looks_the_same_and_can_be_excluded(tmp_path: Path) -> None:
@@ -329,6 +339,12 @@ def test_case_16_nested_split_batch_norms_are_judged_on_their_own(tmp_path: Path
     prefixes = [group.prefix for group in report.groups]
     assert prefixes == ["0.", "0.aux_bn.0.", "0.aux_bn.1."]
     assert report.counts == {"converted": 3}
+    for name in prefixes:
+        assert load(tmp_path / "out")[f"{name}running_var"].shape == (2, 4)
+    assert round_trip(path).read_bytes() == resaved(path)
+    report = convert_checkpoint(path, tmp_path / "main", 2, exclude=["0.aux_bn.*"])
+    assert report.counts == {"converted": 1, "skipped": 2}
+    assert load(tmp_path / "main")["0.aux_bn.1.running_mean"].shape == (4,)
 
 
 def test_case_17_the_state_option_narrows_to_one_sub_tree(tmp_path: Path) -> None:
@@ -340,6 +356,29 @@ def test_case_17_the_state_option_narrows_to_one_sub_tree(tmp_path: Path) -> Non
     out = load(tmp_path / "out")
     assert out["model"]["head.running_mean"].shape == (4,)
     assert out["model_ema"]["module.head.running_mean"].shape == (2, 4)
+
+
+def test_case_17_both_models_of_mmengine_are_converted_where_they_are(tmp_path: Path) -> None:
+    """Its EMAHook swaps the two on saving, so that neither name says which one is averaged."""
+    live, averaged = Net().state_dict(), Net().state_dict(prefix="module.")
+    content = {
+        "meta": {"epoch": 3, "dataset_meta": {"classes": ("cat", "dog")}},
+        "state_dict": live,
+        "message_hub": {"log_scalars": {}, "runtime_info": {"iter": 7}},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "ema_state_dict": {"steps": torch.tensor(7), **averaged},
+    }
+    path = save(tmp_path, content)
+    assert round_trip(path, 4).read_bytes() == resaved(path)
+    virtual = load(tmp_path / "virtual")
+    assert torch.equal(virtual["state_dict"]["head.running_mean"][3], live["head.running_mean"])
+    assert virtual["ema_state_dict"]["module.head.running_mean"].shape == (4, 4)
+    assert virtual["ema_state_dict"]["steps"].item() == 7
+    for name, other in (("state_dict", "ema_state_dict"), ("ema_state_dict", "state_dict")):
+        report = convert_checkpoint(path, tmp_path / name, 4, state=name)
+        assert report.counts == {"converted": BATCH_NORMS, "skipped": BATCH_NORMS}
+        left = load(tmp_path / name)[other]
+        assert all(torch.equal(left[key], value) for key, value in content[other].items())
 
 
 def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Path) -> None:
@@ -356,6 +395,12 @@ def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Pat
     both = load(tmp_path / "both")["state_dict"]
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert both[f"ema_downsample_1_{name}"].shape == both[f"downsample.1.{name}"].shape
+    with pytest.raises(RefusedError, match="MMCV EMA copies"):
+        convert_checkpoint(path, tmp_path / "strict", 2, strict=True)
+    del state["head.running_mean"]  # its copy is no longer known for one, and not converted
+    report = convert_checkpoint(save(tmp_path, state), tmp_path / "alone", 2, ema_underscore=True)
+    assert any("ema_head" in warning for warning in report.warnings)
+    assert load(tmp_path / "alone")["ema_head_running_mean"].shape == (4,)
 
 
 def test_case_24_cycles_shared_parts_and_odd_keys_keep_their_structure(tmp_path: Path) -> None:
@@ -407,6 +452,9 @@ def test_case_26_views_keep_their_storage_and_statistics_leave_it(tmp_path: Path
     assert virtual["w2"].storage_offset() == 40
     assert virtual["bn.running_mean"].untyped_storage().nbytes() == 2 * 5 * 4
     assert torch.equal(load(back)["bn.running_mean"], flat[90:95])
+    with zipfile.ZipFile(tmp_path / "virtual") as archive:
+        sizes = [info.file_size for info in archive.infolist() if "/data/" in info.filename]
+    assert sorted(sizes) == [2 * 5 * 4, 2 * 5 * 4, 100 * 4]
 
 
 def test_case_27_strides_of_other_tensors_are_kept(tmp_path: Path) -> None:

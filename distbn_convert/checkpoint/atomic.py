@@ -81,7 +81,9 @@ def atomic_output(
         expected = isinstance(error, CheckpointError) or not isinstance(error, Exception)
         if failure is None or expected:
             raise
-        raise access_error(f"cannot write {path}", failure, folder=target.parent) from error
+        raise access_error(
+            f"cannot write {path}", failure, folder=target.parent, needed=expected_bytes
+        ) from error
     if fsync:
         sync_folder(target.parent)
 

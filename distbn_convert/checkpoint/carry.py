@@ -70,10 +70,11 @@ def write_folder(
                 os.makedirs(folder / name, exist_ok=True)
             for name in plan.files:
                 if name in writers:
-                    with atomic_output(folder / name, fsync=False) as file:
+                    size = sizes[name]
+                    with atomic_output(folder / name, expected_bytes=size, fsync=False) as file:
                         tell = meter.of_one_file()
                         writers[name](file, tell)
-                        tell(sizes[name], sizes[name])
+                        tell(size, size)
                         if in_place:
                             take_over(file.fileno(), os.stat(source / name))
                 else:
@@ -160,7 +161,10 @@ def _link(old: Path, new: Path) -> bool:
 
 
 def _copy(old: Path, new: Path, progress: Progress) -> None:
-    with Source(old) as source, atomic_output(new, fsync=False) as file:
+    with (
+        Source(old) as source,
+        atomic_output(new, expected_bytes=source.size, fsync=False) as file,
+    ):
         Sink(file, source.size, progress).copy(source, 0, source.size)
     shutil.copystat(old, new)
 

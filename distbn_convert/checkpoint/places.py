@@ -45,18 +45,25 @@ def human_size(count: int) -> str:
     return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
 
 
-def access_error(what: str, cause: OSError, *, folder: Path | None = None) -> FileAccessError:
+def access_error(
+    what: str, cause: OSError, *, folder: Path | None = None, needed: int | None = None
+) -> FileAccessError:
     """Make the sentence for a refusal of the system; it keeps ``errno``.
 
     Args:
         what: **str**, what could not be done, ``"cannot write model.pth"``.
         cause: **OSError**, the refusal.
         folder: **Path**, whose free space is told if the disk is full. Default: None
+        needed: **int**, bytes of the output, told if there was no room for them. Default: None
     """
     reason = os.strerror(cause.errno).lower() if cause.errno else str(cause)
+    sizes = []
+    if cause.errno in _DISK_FULL and needed is not None:
+        sizes.append(f"needs {human_size(needed)}")
     if cause.errno == errno.ENOSPC and folder is not None:
         with contextlib.suppress(OSError):
-            reason += f" ({human_size(shutil.disk_usage(folder).free)} free in {folder})"
+            sizes.append(f"{human_size(shutil.disk_usage(folder).free)} free in {folder}")
+    reason += f" ({', '.join(sizes)})" if sizes else ""
     error = FileAccessError(f"{what}: {reason}.")
     error.errno = cause.errno
     return error
