@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
+import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +21,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+
+from distbn_convert.checkpoint.checksums import check_zip
+from distbn_convert.checkpoint.sniff import sniff
+from distbn_convert.checkpoint.torchfile import load_torch
+from distbn_convert.errors import FileAccessError, ReadError
 
 from .checkpoints import Net, Result, run_cli
 
@@ -225,20 +235,84 @@ def test_no_damage_of_a_zip_gets_past_its_checksums(
     assert refused > 10
 
 
-def test_a_directory_that_points_before_the_file_is_damage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Seeking there is the system's "invalid argument", but the file is at fault."""
-    path = torch_zip(tmp_path)
-    data = bytearray(path.read_bytes())
+def before_the_file(data: bytes) -> bytes:
+    """A zip whose directory says that it began later, so that all members begin before the file."""
+    moved = bytearray(data)
     fields = [(b"PK\x05\x06", 16, 4), (b"PK\x06\x06", 48, 8)]  # where the directory begins
     for signature, at, size in fields:
         place = data.rfind(signature)
         if place >= 0:
             field = slice(place + at, place + at + size)
-            data[field] = (int.from_bytes(data[field], "little") + 64).to_bytes(size, "little")
-    path.write_bytes(data)
-    options = ["--vt-world-size", 4, "--check-input"]
-    result = run_cli(capsys, "convert", path, tmp_path / "out", *options)
-    assert (result.code, "is damaged" in result.err) == (5, True), result
-    assert not (tmp_path / "out").exists()
+            moved[field] = (int.from_bytes(moved[field], "little") + 65_536).to_bytes(
+                size, "little"
+            )
+    return bytes(moved)
+
+
+def beyond_any_file(data: bytes) -> bytes:
+    """A zip whose second member begins where no file has bytes: its offset takes all 64 bits."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as archive:
+        for number, info in enumerate(source.infolist()):
+            new = zipfile.ZipInfo(info.filename)
+            if number == 1:
+                new.extra = struct.pack("<HHQ", 1, 8, (1 << 63) + 5)
+                name = info.filename.encode()
+            archive.writestr(new, source.read(info))
+    whole = bytearray(out.getvalue())
+    entry = whole.rfind(b"PK\x01\x02", 0, whole.rfind(name))
+    whole[entry + 42 : entry + 46] = b"\xff" * 4  # see the extra field
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("place", ["file", "shard"])
+@pytest.mark.parametrize("damage", [before_the_file, beyond_any_file])
+def test_a_directory_that_points_outside_the_file_is_damage(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[bytes], bytes],
+    place: str,
+) -> None:
+    """Seeking there is the system's "invalid argument", but the file is at fault."""
+    source = tmp_path / "in"
+    source.mkdir()
+    torch.save(Net().state_dict(), source / "1.bin")
+    (source / "1.bin").write_bytes(damage((source / "1.bin").read_bytes()))
+    if place == "file":
+        source = source / "1.bin"
+    else:
+        weight_map = dict.fromkeys(Net().state_dict(), "1.bin")
+        (source / "m.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert = ["convert", source, tmp_path / "out", "--vt-world-size", 4]
+    for command in (["inspect", source], ["verify", source], convert):
+        for option in ((), ("--check-input",), ("--opaque",)):
+            result = run_cli(capsys, *command, *option)
+            assert result.code == 5, (command, option, result)
+            assert re.match(r"Error: .*1\.bin is damaged.*\.\n\Z", result.err), result
+    assert os.listdir(tmp_path) == ["in"]
+
+
+READERS = {
+    "zipfile:ZipFile": ("sniff", "load_torch", "check_zip"),
+    "torch:load": ("load_torch",),
+}
+
+
+@pytest.mark.parametrize("broken", READERS)
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_the_files_fault_and_the_disks_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, code: int
+) -> None:
+    """Python 3.10 opens a zip whose directory begins before the file with "invalid argument"."""
+    path = torch_zip(tmp_path)
+
+    def fail(*_: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    functions = {"sniff": sniff, "load_torch": load_torch, "check_zip": check_zip}
+    monkeypatch.setattr(broken.replace(":", "."), fail)
+    for name in READERS[broken]:
+        with pytest.raises(ReadError if code == errno.EINVAL else FileAccessError) as caught:
+            functions[name](path)
+        told = "is damaged" if code == errno.EINVAL else "cannot read .*: input/output error"
+        assert re.search(told, str(caught.value))

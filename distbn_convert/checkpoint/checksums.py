@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import struct
@@ -13,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import ReadError
-from .places import StrPath, access_error
+from .places import StrPath
+from .zips import reading_zip
 
 __all__ = ["check_zip", "checksum_of"]
 
@@ -41,18 +41,11 @@ def check_zip(
         FileAccessError: the system cannot read it.
     """
     called = path if called is None else called
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
+    with reading_zip(path, called) as archive:
+        infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             sound = threads.map(lambda info: _is_sound(Path(path), info, known or {}), infos)
             damaged = [info for info, is_sound in zip(infos, sound, strict=True) if not is_sound]
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # sought where no file has bytes, as the directory told
-            raise ReadError(f"{called} is damaged: its zip directory is broken.") from error
-        raise access_error(f"cannot read {called}", error) from error
-    except zipfile.BadZipFile as error:
-        raise ReadError(f"{called} is damaged: its zip directory is broken.") from error
     if damaged:
         raise ReadError(
             f"{called} is damaged: the checksum of {damaged[0].filename} does not match; "

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
+from typing import TypeGuard
 
 from ..errors import CheckpointError, FileAccessError, OutputExistsError
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_space",
     "find_disk_full",
     "human_size",
+    "is_refusal",
     "output_place",
     "points_outside",
     "same_file",
@@ -67,6 +69,15 @@ def access_error(
     error = FileAccessError(f"{what}: {reason}.")
     error.errno = cause.errno
     return error
+
+
+def is_refusal(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the system refuses to read, and not for being asked for the impossible.
+
+    Damaged numbers make a reader seek before the start of a file, or beyond what any file has.
+    """
+    impossible = (errno.EINVAL, errno.EOVERFLOW)
+    return isinstance(error, OSError) and bool(error.errno) and error.errno not in impossible
 
 
 def find_disk_full(error: BaseException | None) -> OSError | None:

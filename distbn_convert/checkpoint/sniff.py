@@ -6,13 +6,13 @@ import errno
 import os
 import re
 import stat
-import zipfile
 from collections import Counter
 from enum import Enum
 from pathlib import Path
 
 from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
 from .places import StrPath, access_error, human_size, stat_or_none
+from .zips import CUT_SHORT, reading_zip
 
 __all__ = ["Kind", "sniff"]
 
@@ -31,7 +31,6 @@ class Kind(str, Enum):
         return self.value
 
 
-_CUT_SHORT = "the download or the save was probably cut short"
 _GRAPH = "its graph has the (C,) shapes built in. Convert the state dict that it was made from."
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LARGEST_HEADER = 1 << 40  # bytes; what claims more is no safetensors file, damaged or not
@@ -113,9 +112,9 @@ def _sniff_file(path: StrPath, size: int) -> Kind:
     with open(path, "rb") as file:
         head = file.read(1024)
     if not head:
-        raise ReadError(f"{path} is empty (0 bytes); {_CUT_SHORT}.")
+        raise ReadError(f"{path} is empty (0 bytes); {CUT_SHORT}.")
     if head.startswith(b"PK\x03\x04"):
-        return _sniff_zip(path, size)
+        return _sniff_zip(path)
     if re.match(rb"\x80[\x02-\x05]", head):
         return _sniff_pickle(path, head)
     _refuse_others(path, head, size)
@@ -163,8 +162,8 @@ def _refuse_others(path: StrPath, head: bytes, size: int) -> None:
             raise RefusedError(f"{path} is {what}.")
 
 
-def _sniff_zip(path: StrPath, size: int) -> Kind:
-    names = _zip_names(path, size)
+def _sniff_zip(path: StrPath) -> Kind:
+    names = _zip_names(path)
     inner = {name.partition("/")[2] for name in names}  # without the folder around everything
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise RefusedError(f"{path} is a TorchScript archive; {_GRAPH}")
@@ -181,17 +180,9 @@ def _sniff_zip(path: StrPath, size: int) -> Kind:
     )
 
 
-def _zip_names(path: StrPath, size: int) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception as error:  # zipfile raises many kinds on damaged bytes
-        if isinstance(error, OSError) and error.errno == errno.EIO:
-            raise
-        raise ReadError(
-            f"{path} is damaged: the zip directory is missing or broken (file is {size:,} bytes); "
-            f"{_CUT_SHORT}."
-        ) from error
+def _zip_names(path: StrPath) -> list[str]:
+    with reading_zip(path) as archive:
+        names = archive.namelist()
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ReadError(

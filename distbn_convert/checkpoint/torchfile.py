@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
+from ..errors import CheckpointError, ReadError, RefusedError
 from .allowed import allowed_globals, is_ordinary
 from .opaque import opaque_pickle, scan_globals
+from .places import access_error, is_refusal
+from .zips import reading_zip
 
 __all__ = ["TorchFile", "load_torch", "save_torch", "unknown_globals"]
 
@@ -115,8 +116,9 @@ def save_torch(result: TorchFile, file: Any) -> None:
 def unknown_globals(path: Path) -> list[str]:
     """List the names in a checkpoint's pickle that are not ordinary; nothing is imported."""
     if _starts_as_zip(path):
-        with _open_zip(path) as archive:
-            names = scan_globals(io.BytesIO(archive.read(_data_pkl(path, archive))))
+        with reading_zip(path) as archive:
+            data = archive.read(_data_pkl(path, archive))
+        names = scan_globals(io.BytesIO(data))
     else:
         with open(path, "rb") as file:
             names = scan_globals(file, _LEGACY_PICKLES)
@@ -128,7 +130,7 @@ def _starts_as_zip(path: Path) -> bool:
         with open(path, "rb") as file:
             return file.read(4) == b"PK\x03\x04"
     except OSError as error:
-        raise FileAccessError(f"cannot read {path}: {error.strerror}.") from error
+        raise access_error(f"cannot read {path}", error) from error
 
 
 def _is_utf8(path: Path) -> bool:
@@ -137,18 +139,6 @@ def _is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except OSError as error:
-        raise FileAccessError(f"cannot read {path}: {error.strerror}.") from error
-    except Exception as error:
-        raise ReadError(
-            f"{path} is damaged: its zip directory is missing or broken (the file has "
-            f"{os.path.getsize(path):,} bytes). The download or the save was probably cut short."
-        ) from error
 
 
 def _data_pkl(path: Path, archive: zipfile.ZipFile) -> str:
@@ -160,7 +150,7 @@ def _data_pkl(path: Path, archive: zipfile.ZipFile) -> str:
 
 def _check_members(path: Path, allow_compressed: bool) -> bool:
     """Return whether all members are stored uncompressed, which mapping relies on."""
-    with _open_zip(path) as archive:
+    with reading_zip(path) as archive:
         infos = archive.infolist()
     size = sum(info.file_size for info in infos)
     packed = sum(info.compress_size for info in infos)
@@ -173,20 +163,18 @@ def _check_members(path: Path, allow_compressed: bool) -> bool:
 
 
 def _protocol(path: Path) -> int:
-    with _open_zip(path) as archive:
-        name = _data_pkl(path, archive)
-        try:
-            with archive.open(name) as member:
-                start = member.read(2)
-        except Exception as error:
-            raise ReadError(f"{path} is damaged: {name} cannot be read.") from error
+    with (
+        reading_zip(path, fault="its data.pkl cannot be read") as archive,
+        archive.open(_data_pkl(path, archive)) as member,
+    ):
+        start = member.read(2)
     return start[1] if len(start) == 2 and start[0] == 0x80 and start[1] in range(2, 6) else 2
 
 
 def _explain(path: Path, error: Exception, opaque: bool, allowed: set[str]) -> CheckpointError:
     """Turn whatever torch makes of a file into one sentence."""
-    if isinstance(error, OSError) and error.errno:
-        return FileAccessError(f"cannot read {path}: {error.strerror}.")
+    if is_refusal(error):
+        return access_error(f"cannot read {path}", error)
     text = (str(error).strip().splitlines() or [""])[0][:200]
     damaged = ReadError(
         f"{path} is damaged or no torch checkpoint ({type(error).__name__}"
