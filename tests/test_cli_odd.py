@@ -39,6 +39,39 @@ def test_a_file_may_have_any_name(capsys: Any, tmp_path: Path, name: bytes, suff
     assert back.read_bytes() == virtual.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "", "o", "--vt-world-size", "2"),
+        ("convert", "in.pth", "", "--vt-world-size", "2"),
+        ("convert", "in.pth", "", "--vt-world-size", "2", "--in-place"),
+        ("revert", "", "o"),
+        ("revert", "v.pth", ""),
+        ("inspect", ""),
+        ("inspect", "v.pth", "--plot", ""),
+        ("gather", "", "in.pth", "o"),
+        ("gather", "in.pth", "", "o"),
+        ("gather", "in.pth", "in.pth", ""),
+        ("verify", ""),
+        ("verify", "in.pth", "--against", ""),
+        ("models", "export", "resnet18", "", "--vt-world-size", "2"),
+    ],
+)
+def test_an_empty_path_is_told_as_one(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """It is not the current folder, in which a checkpoint may well be."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(Net().state_dict(), "in.pth")
+    convert_checkpoint("in.pth", "v.pth", 2)
+    before = sorted(os.listdir())
+    done = run_cli(capsys, *arguments)
+    assert done.code == 2
+    assert done.err == "Error: expected a path, but got an empty one; name a file or a folder.\n"
+    assert sorted(os.listdir()) == before
+    assert run_cli(capsys, *arguments, "--json").json["error"]["code"] == "usage"
+
+
 def test_text_from_a_file_cannot_steer_the_terminal(capsys: Any, tmp_path: Path) -> None:
     statistics = {f"{BELL}bn.running_mean": torch.ones(3), f"{BELL}bn.running_var": torch.ones(3)}
     torch.save({BELL: statistics}, tmp_path / "in.pth")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from .job import Job, check_checksums, file_info
 from .options import Options
-from .places import StrPath
+from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport
 from .stores import Store, open_store
 from .survey import survey
@@ -136,7 +135,7 @@ def inspect_checkpoint(src: StrPath, **options: Any) -> CheckpointReport:
         CheckpointError: the file cannot be read.
     """
     started = time.monotonic()
-    path, chosen = Path(src), Options(**options)
+    path, chosen = as_path(src), Options(**options)
     if chosen.check_input:
         check_checksums(path)
     store = open_store(path, chosen.reading)

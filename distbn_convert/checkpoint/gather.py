@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, ReadError
@@ -12,7 +11,7 @@ from .edit import Replacements, gather_groups
 from .groups import Group, dotted
 from .job import Job
 from .options import Options
-from .places import StrPath
+from .places import StrPath, as_path
 from .report import CheckpointReport
 from .stores import Store, open_store
 from .survey import survey
@@ -66,8 +65,9 @@ def gather_checkpoints(
     def compute(first: Store, chosen: list[Group]) -> Replacements:
         stores = [first]
         for src in srcs[1:]:
-            stores.append(open_store(Path(src), chosen_options.reading))
-            found = survey(stores[-1], Path(src), chosen_options.selection, "any")
+            path = as_path(src)
+            stores.append(open_store(path, chosen_options.reading))
+            found = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, found.chosen))
             notes.extend(_other_differences(src, stores, chosen))
         return gather_groups(chosen, [store.tensor for store in stores], reduction)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, OutputExistsError, ReadError
 from .options import Options
-from .places import StrPath, access_error, output_place, same_file
+from .places import StrPath, access_error, as_path, output_place, same_file
 from .report import CheckpointReport, FileInfo
 from .sniff import Kind, sniff
 from .stores import Store, WriteOptions, open_store
@@ -53,13 +53,13 @@ class Job:
     ) -> None:
         self.started = time.monotonic()
         self.command, self.options = command, options
-        self.src = Path(src)
+        self.src = as_path(src)
         self.before = _fingerprint(self.src)
         self.kind = sniff(self.src)
         index = self.kind is Kind.SHARDED and self.src.is_file()
         self.root = self.src.parent if index else self.src  # what is written anew
         self.format = _other_format(self.kind, options.format)
-        self.dst = self._place(dst)
+        self.dst = self._place(None if dst is None else as_path(dst))
         self.notes = notes if notes is not None else []
 
     def run(
@@ -111,7 +111,7 @@ class Job:
             elapsed_s=time.monotonic() - self.started,
         )
 
-    def _place(self, dst: StrPath | None) -> Path:
+    def _place(self, dst: Path | None) -> Path:
         in_place = self.options.in_place
         if dst is None and not in_place:
             raise ConfigurationError("expected an output, but got none; name it, or use in_place.")
@@ -127,7 +127,7 @@ class Job:
             )
         if in_place and self.format is not None:
             raise ConfigurationError("in_place keeps the format; name an output, or leave it out.")
-        path = self.root if same or dst is None else Path(dst)
+        path = self.root if same or dst is None else dst
         if not in_place:
             _check_suffix(path, self.kind, self.format)
         folder = self.root.is_dir() and self.format is None

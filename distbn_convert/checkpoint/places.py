@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TypeGuard
 
-from ..errors import CheckpointError, FileAccessError, OutputExistsError
+from ..errors import CheckpointError, ConfigurationError, FileAccessError, OutputExistsError
 
 __all__ = [
     "StrPath",
     "access_error",
+    "as_path",
     "check_space",
     "find_disk_full",
     "human_size",
@@ -35,6 +36,17 @@ StrPath = str | os.PathLike[str]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _UNITS = ("kB", "MB", "GB", "TB")
+
+
+def as_path(path: StrPath) -> Path:
+    """Return ``path`` as a Path.
+
+    Raises:
+        ConfigurationError: it is empty, which a Path would take for the current folder.
+    """
+    if not os.fspath(path):
+        raise ConfigurationError("expected a path, but got an empty one; name a file or a folder.")
+    return Path(path)
 
 
 def human_size(count: int) -> str:

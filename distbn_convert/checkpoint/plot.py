@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, NothingToDoError
 from .atomic import atomic_output
-from .places import StrPath
+from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport, Spread
 
 __all__ = ["plot_spread"]
@@ -39,7 +39,7 @@ def plot_spread(report: CheckpointReport, path: StrPath) -> None:
 
         >>> plot_spread(inspect_checkpoint("virtual.pth"), "spread.png")
     """
-    suffix = Path(path).suffix.lower()
+    suffix = as_path(path).suffix.lower()
     if suffix not in _SUFFIXES:
         raise ConfigurationError(
             f"expected a plot named *.png, *.svg or *.html, but got {path}; change its ending."

@@ -14,7 +14,7 @@ from .atomic import atomic_output
 from .compare import same_bits
 from .flush import flushing
 from .header import read_header
-from .places import StrPath
+from .places import StrPath, as_path
 from .safetensors import read_tensor, write
 from .stores import ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile
@@ -39,11 +39,12 @@ def save_state_dict(
         RefusedError: safetensors cannot hold a value.
     """
     writing = WriteOptions(overwrite=overwrite)
-    if Path(dst).suffix == ".safetensors":
-        write_flat(state_dict, Path(dst), writing)
+    path = as_path(dst)
+    if path.suffix == ".safetensors":
+        write_flat(state_dict, path, writing)
         return
     expected = sum(tensor.nbytes for tensor in state_dict.values())
-    write_tree(TorchFile(state_dict), Path(dst), expected, writing, ReadOptions())
+    write_tree(TorchFile(state_dict), path, expected, writing, ReadOptions())
 
 
 def write_flat(

@@ -15,7 +15,7 @@ from .compare import differences, same_bits
 from .groups import Group, dotted
 from .job import check_checksums, file_info
 from .options import Options
-from .places import StrPath
+from .places import StrPath, as_path
 from .report import VerifyReport
 from .stores import Store, open_store
 from .survey import Survey, survey
@@ -62,7 +62,7 @@ def verify_checkpoint(
     if not tolerance >= 0:
         raise ConfigurationError(f"tolerance must be 0 or more, but got {tolerance!r}.")
     chosen = Options(**options)
-    path = Path(src)
+    path = as_path(src)
     checksums = check_checksums(path)
     store, found = _open(path, chosen)
     report = VerifyReport(file_info(path, store.format), checksums=checksums)
@@ -72,9 +72,10 @@ def verify_checkpoint(
         if not checksums:
             warnings.append(f"{src} has no checksums ({store.format}); its structure was checked.")
     else:
-        check_checksums(Path(against))
-        other, others = _open(Path(against), chosen)
-        report.against = file_info(Path(against), other.format)
+        second = as_path(against)
+        check_checksums(second)
+        other, others = _open(second, chosen)
+        report.against = file_info(second, other.format)
         comparison = _Comparison((store, other), (found, others), chosen.state, tolerance)
         comparison.raise_differences(src, against)
         report.largest_difference = comparison.largest

@@ -220,7 +220,7 @@ def _write(
     talk = _Talk(options, src)
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
-    if options["in_place"] and dst is not None and not os.path.exists(dst):
+    if options["in_place"] and dst and not os.path.exists(dst):
         raise click.UsageError(f"--in-place writes to SRC; leave {dst} out.")
     bar = ProgressBar(not (talk.quiet or talk.json))
     with input_path(src) as path, output_path(dst) as out, bar as progress:

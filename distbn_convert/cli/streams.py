@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import click
 
+from ..checkpoint.places import as_path
+
 __all__ = ["ProgressBar", "Terminated", "catch_signals", "echo_json", "input_path", "output_path"]
 
 
@@ -91,7 +93,7 @@ def _finite(value: Any) -> Any:
 def input_path(src: str) -> Iterator[Path]:
     """Yield the path of the input; ``-`` is spooled to a file, since formats need to seek."""
     if src != "-":
-        yield Path(src)
+        yield as_path(src)
         return
     with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
         path = Path(folder, "stdin")
@@ -106,9 +108,10 @@ def output_path(dst: str | None) -> Iterator[Path | None]:
 
     Raises:
         click.UsageError: ``-``, but stdout is a terminal.
+        ConfigurationError: the path is empty.
     """
     if dst != "-":
-        yield None if dst is None else Path(dst)
+        yield None if dst is None else as_path(dst)
         return
     if sys.stdout.isatty():
         raise click.UsageError("a checkpoint is not for the terminal; redirect stdout to a file.")
