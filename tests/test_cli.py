@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
 
@@ -92,6 +94,7 @@ def test_json_reports_have_the_documented_keys(capsys: Any, plain: Path) -> None
         "path": str(plain),
         "format": "torch",
         "bytes": plain.stat().st_size,
+        "sha256": None,
     }
     assert document["output"]["bytes"] == out.stat().st_size
     assert document["virtual_ranks"] == 2
@@ -99,6 +102,48 @@ def test_json_reports_have_the_documented_keys(capsys: Any, plain: Path) -> None
     first = document["groups"][0]
     assert (first["path"], first["prefix"], first["channels"]) == (["model"], "conv1_BN.", 5)
     assert (first["state"], first["action"], first["tracked"]) == ("plain", "converted", 0)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_sha256_of_input_and_output_is_reported(capsys: Any, plain: Path) -> None:
+    torch.save({"model": Net().state_dict(), "w": torch.rand(1_000_000)}, plain)
+    virtual, back = plain.with_name("v.pth"), plain.with_name("back.pth")
+    convert = ("convert", plain, virtual, "--vt-world-size", 2, "--sha256")
+    document = run_cli(capsys, *convert, "--json").json
+    assert document["source"]["sha256"] == sha256(plain)
+    assert document["output"]["sha256"] == sha256(virtual)
+    dry = run_cli(capsys, *convert, "--dry-run", "--json", "--force").json
+    assert (dry["source"]["sha256"], dry["output"]) == (sha256(plain), None)
+    lines = run_cli(capsys, "revert", virtual, back, "--sha256").out.splitlines()
+    assert lines[1:] == [f"{sha256(path)}  {path}" for path in (virtual, back)]
+    assert run_cli(capsys, "inspect", plain, "--sha256").out.splitlines()[-1] == (
+        f"{sha256(plain)}  {plain}"
+    )
+    verified = run_cli(capsys, "verify", virtual, "--against", plain, "--sha256", "--json").json
+    assert verified["source"]["sha256"] == sha256(virtual)
+    assert verified["against"]["sha256"] == sha256(plain)
+    lines = run_cli(capsys, "verify", virtual, "--sha256").out.splitlines()
+    assert lines[1:] == [f"{sha256(virtual)}  {virtual}"]
+    before = sha256(virtual)
+    document = run_cli(capsys, "revert", virtual, "--in-place", "--sha256", "--json").json
+    assert document["source"]["sha256"] == before
+    assert document["output"]["sha256"] == sha256(virtual) == sha256(back)
+
+
+def test_a_folder_has_no_sha256(capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(Net().state_dict(), tmp_path / "in" / "model.safetensors")
+    convert = ("convert", tmp_path / "in", tmp_path / "v", "--vt-world-size", 2, "--sha256")
+    done = run_cli(capsys, *convert, "--json")
+    assert done.code == 0
+    assert done.json["source"]["sha256"] is done.json["output"]["sha256"] is None
+    assert len(run_cli(capsys, "inspect", tmp_path / "v").out.splitlines()) == len(
+        run_cli(capsys, "inspect", tmp_path / "v", "--sha256").out.splitlines()
+    )
+    assert "not of folders" in " ".join(run_cli(capsys, "convert", "--help").out.split())
 
 
 @pytest.mark.parametrize(
@@ -172,8 +217,6 @@ def test_the_help_documents_the_exit_codes(capsys: Any) -> None:
 
 
 def test_help_and_safetensors_inspection_import_no_torch(plain: Path) -> None:
-    from safetensors.torch import save_file
-
     convert_checkpoint(plain, plain.with_name("v.pth"), 3)
     save_file(load(plain.with_name("v.pth"))["model"], plain.with_name("v.safetensors"))
     for args in (

@@ -145,7 +145,7 @@ def inspect_checkpoint(src: StrPath, **options: Any) -> CheckpointReport:
         found.raise_concerns(path)
     return CheckpointReport(
         command="inspect",
-        source=file_info(path, store.format),
+        source=file_info(path, store.format, chosen.sha256),
         virtual_ranks=_common_ranks(groups),
         groups=groups,
         tensors=store.tensors,

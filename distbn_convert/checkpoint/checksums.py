@@ -1,7 +1,8 @@
-"""The checksums in a zip, compared with its bytes; torch writes them and never looks at them."""
+"""Checksums: those in a zip, which torch writes and never looks at, and that of a whole file."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from ..errors import ReadError
 from .places import StrPath
+from .stream import Source
 from .zips import reading_zip
 
-__all__ = ["check_zip", "checksum_of"]
+__all__ = ["check_zip", "checksum_of", "sha256_of"]
 
 _CHUNK = 1 << 20  # bytes; stays in the processor's cache
 _LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, two lengths at its end
@@ -66,6 +68,20 @@ def checksum_of(file: io.FileIO, start: int, length: int) -> int | None:
         checksum = zlib.crc32(buffer[:count], checksum)
         length -= count
     return checksum
+
+
+def sha256_of(path: StrPath) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits, as ``sha256sum`` prints it.
+
+    Raises:
+        ReadError: it changed meanwhile.
+        FileAccessError: the system cannot read it.
+    """
+    digest = hashlib.sha256()
+    with Source(path) as source:
+        for start in range(0, source.size, _CHUNK):
+            digest.update(source.read(start, min(_CHUNK, source.size - start)))
+    return digest.hexdigest()
 
 
 def _is_sound(

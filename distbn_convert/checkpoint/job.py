@@ -87,7 +87,7 @@ class Job:
         groups = found.reports(store, action)
         if options.strict:
             found.raise_concerns(self.src)
-        source = file_info(self.root, store.format)
+        source = file_info(self.root, store.format, options.sha256)
         replacements = compute(store, found.chosen)
         output = None
         if self.kind is Kind.TORCH_LEGACY and self.format is None:
@@ -151,7 +151,7 @@ class Job:
 
                 state = options.state
                 self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
-        return file_info(self.dst, sniff(self.dst).value)
+        return file_info(self.dst, sniff(self.dst).value, options.sha256)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self.src) != self.before:
@@ -198,13 +198,17 @@ def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:
         )
 
 
-def file_info(path: Path, format: str) -> FileInfo:
-    """Describe a file, or a folder with the files in it."""
+def file_info(path: Path, format: str, sha256: bool = False) -> FileInfo:
+    """Describe a file, with its SHA-256 if wanted, or a folder with the files in it."""
     if path.is_dir():
         size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
-    else:
-        size = path.stat().st_size
-    return FileInfo(str(path), format, size)
+        return FileInfo(str(path), format, size)
+    digest = None
+    if sha256:
+        from .checksums import sha256_of
+
+        digest = sha256_of(path)
+    return FileInfo(str(path), format, path.stat().st_size, digest)
 
 
 def check_checksums(path: Path) -> int:

@@ -36,6 +36,7 @@ class Options:
         allow_globals: full names of classes that the file may make. Default: none
         allow_compressed: accept any compression ratio. Default: False
         check_input: compare the input with its checksums first. Default: False
+        sha256: report the SHA-256 of input and output; not of folders. Default: False
         verify: read the output back and compare before it appears. Default: True
         fsync: wait until the disk holds the output. Default: True
         progress: called with (bytes written, bytes expected) now and then. Default: None
@@ -55,6 +56,7 @@ class Options:
     allow_globals: tuple[str, ...] = ()
     allow_compressed: bool = False
     check_input: bool = False
+    sha256: bool = False
     verify: bool = True
     fsync: bool = True
     progress: Progress | None = None

@@ -20,11 +20,13 @@ class FileInfo:
         format: ``"torch"``, ``"torch-legacy"``, ``"safetensors"``, ``"sharded"``, ``"accelerate"``
             or ``"dcp"``.
         bytes: its size, of a folder the sum of its files.
+        sha256: its SHA-256 in hexadecimal, if that was asked for; None for a folder.
     """
 
     path: str
     format: str
     bytes: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def verify_checkpoint(
     path = as_path(src)
     checksums = check_checksums(path)
     store, found = _open(path, chosen)
-    report = VerifyReport(file_info(path, store.format), checksums=checksums)
+    report = VerifyReport(file_info(path, store.format, chosen.sha256), checksums=checksums)
     report.groups = len(found.chosen)
     warnings = [*store.warnings, *found.concerns]
     if against is None:
@@ -75,7 +75,7 @@ def verify_checkpoint(
         second = as_path(against)
         check_checksums(second)
         other, others = _open(second, chosen)
-        report.against = file_info(second, other.format)
+        report.against = file_info(second, other.format, chosen.sha256)
         comparison = _Comparison((store, other), (found, others), chosen.state, tolerance)
         comparison.raise_differences(src, against)
         report.largest_difference = comparison.largest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import output_options, reading_options, selecting_options, talking_options
-from .render import one_line, summary, table
+from .render import checksums, one_line, summary, table
 from .streams import ProgressBar, echo_json, input_path, output_path
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
     click.echo(table(report))
     if report.opaque_globals:
         click.echo(f"Python objects, not executed: {one_line(', '.join(report.opaque_globals))}")
+    for line in checksums(report.source):
+        click.echo(line)
 
 
 @click.command()
@@ -178,16 +180,21 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
     talk.warn(report.warnings)
     if talk.json:
         echo_json(report.to_dict())
-    elif not talk.quiet and report.against is None:
+        return
+    if talk.quiet:
+        return
+    if report.against is None:
         click.echo(
             f"{one_line(src)} is sound: {report.groups} BatchNorms, "
             f"{report.checksums} checksums matched"
         )
-    elif not talk.quiet:
+    else:
         click.echo(
             f"{one_line(src)} and {one_line(against)} hold the same: {report.groups} BatchNorms, "
             f"largest difference {report.largest_difference:g}"
         )
+    for line in checksums(report.source, report.against):
+        click.echo(line)
 
 
 class _Talk:
@@ -234,5 +241,7 @@ def _write(
         if report.opaque_globals:
             names = one_line(", ".join(report.opaque_globals))
             click.echo(f"carried through, not executed: {names}", err=on_stderr)
+        for line in checksums(report.source, report.output):
+            click.echo(line, err=on_stderr)
         if talk.verbose:
             click.echo(table(report), err=on_stderr)

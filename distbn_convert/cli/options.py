@@ -79,6 +79,9 @@ reading_options = _together(
         metavar="NAME",
         help="A class that the file may make, mypackage.Config; repeatable.",
     ),
+    click.option(
+        "--sha256", is_flag=True, help="Report the SHA-256 of input and output; not of folders."
+    ),
     click.option("--check-input", is_flag=True, help="Compare the input with its checksums first."),
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..checkpoint.places import human_size
 from ..checkpoint.report import CheckpointReport, FileInfo, GroupReport
 
-__all__ = ["one_line", "summary", "table"]
+__all__ = ["checksums", "one_line", "summary", "table"]
 
 
 def one_line(text: object) -> str:
@@ -17,6 +17,12 @@ def one_line(text: object) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in words
     )
+
+
+def checksums(*files: FileInfo | None) -> list[str]:
+    """Return the lines that ``sha256sum`` prints for files whose SHA-256 was asked for."""
+    known = [info for info in files if info is not None and info.sha256 is not None]
+    return [f"{info.sha256}  {one_line(info.path)}" for info in known]
 
 
 def summary(report: CheckpointReport, done: str) -> str:
