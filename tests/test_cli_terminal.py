@@ -1,4 +1,7 @@
-"""The command line on a real terminal: the bar is drawn there alone, and Ctrl-C leaves nothing."""
+"""The command line on a real terminal: the bar and the colours are there alone.
+
+Ctrl-C leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ atomic._Raw.write = slow
 from distbn_convert.cli import main
 main()
 """
+RED, YELLOW = b"\x1b[31m\x1b[1mError:\x1b[0m", b"\x1b[33m\x1b[1mWarning:\x1b[0m"
 CONVERT = ("convert", "in.pth", "out.pth", "--vt-world-size", "2")
 
 
@@ -51,7 +55,10 @@ def on_terminal(
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(delay), *args],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
+        env={
+            **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
+            **{"PYTHONPATH": str(ROOT), "TERM": "xterm", **environment},
+        },
         stdin=slave,
         stdout=subprocess.PIPE,
         stderr=slave,
@@ -154,7 +161,7 @@ def test_ctrl_c_on_the_terminal_leaves_what_was_there(folder: Path, old: Any) ->
         shown = read_until(master, None)
         out = ended(process)
     assert process.returncode == 130
-    assert b"Error: interrupted; the output is as it was, or complete." in shown
+    assert RED + b" interrupted; the output is as it was, or complete." in shown
     assert b"Traceback" not in shown
     assert out == b""
     assert sorted(os.listdir(folder)) == before
@@ -169,3 +176,79 @@ def test_a_background_job_that_is_told_to_stop_ends_likewise(folder: Path) -> No
         ended(process)
     assert process.returncode == 143
     assert os.listdir(folder) == ["in.pth"]
+
+
+# Arguments, and how what they print on a terminal begins, without and with colour.
+TOLD = {
+    "error": (("inspect", "none.pth"), b"Error:", RED),
+    "usage": (("convert", "in.pth"), b"\r\nError:", b"\r\n" + RED),
+    "no such command": (("konvert",), b"\r\nError:", b"\r\n" + RED),
+    "warning": (("convert", "few.pth", "o", "--vt-world-size", "2"), b"Warning:", YELLOW),
+}
+
+
+def save_few(folder: Path) -> None:
+    """A file with a warning in it: nothing counts its batches."""
+    few = {"bn.running_mean": torch.zeros(2), "bn.running_var": torch.ones(2)}
+    torch.save(few, folder / "few.pth")
+
+
+def show(folder: Path, *args: str, **environment: str) -> bytes:
+    """Return what a command shows on a terminal."""
+    save_few(folder)
+    with on_terminal(folder, 0.0, *args, **environment) as (process, master):
+        shown = read_until(master, None)
+        ended(process)
+    return shown
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_errors_and_warnings_are_coloured_on_a_terminal(tmp_path: Path, told: str) -> None:
+    arguments, _, coloured = TOLD[told]
+    shown = show(tmp_path, *arguments)
+    assert coloured in shown
+    assert shown.count(b"\x1b[") == 3, "only the word"
+
+
+@pytest.mark.parametrize(
+    ("more", "environment"),
+    [
+        (("--no-color",), {}),
+        ((), {"NO_COLOR": "1"}),
+        ((), {"TERM": "dumb"}),
+        (("--json",), {}),
+    ],
+    ids=["option", "NO_COLOR", "dumb", "json"],
+)
+@pytest.mark.parametrize("told", ["error", "usage"])
+def test_no_colour_where_none_is_wanted(
+    tmp_path: Path, told: str, more: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    arguments, plain, _ = TOLD[told]
+    shown = show(tmp_path, *arguments, *more, **environment)
+    assert b"\x1b" not in shown
+    if more != ("--json",):
+        assert plain in shown
+
+
+def test_no_colour_in_a_warning_where_none_is_wanted(tmp_path: Path) -> None:
+    arguments, plain, _ = TOLD["warning"]
+    assert show(tmp_path, *arguments, "--no-color").startswith(plain)
+
+
+def test_an_empty_no_color_is_none(tmp_path: Path) -> None:
+    assert RED in show(tmp_path, "inspect", "none.pth", NO_COLOR="")
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_no_colour_in_a_pipe(tmp_path: Path, told: str) -> None:
+    arguments, plain, _ = TOLD[told]
+    save_few(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW, "0", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        capture_output=True,
+    )
+    assert plain.strip() in done.stderr
+    assert b"\x1b" not in done.stderr + done.stdout

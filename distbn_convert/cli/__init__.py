@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import traceback
@@ -13,7 +14,15 @@ from ..errors import CheckpointError, ConfigurationError, DistBNError
 from .checkpoints import convert, gather, inspect, revert, verify
 from .models import models
 from .render import one_line
-from .streams import Terminated, catch_signals, echo_json, ignore_signals, stop_behind
+from .streams import (
+    Terminated,
+    allow_color,
+    catch_signals,
+    echo_json,
+    ignore_signals,
+    label,
+    stop_behind,
+)
 
 __all__ = ["main"]
 
@@ -55,7 +64,13 @@ def main(args: list[str] | None = None) -> None:
     catch_signals()
     told: dict[str, str] = {}  # what a command says about itself, for an error
     try:
-        cli.main(args, prog_name="distbn-convert", standalone_mode=False, obj=told)
+        cli.main(
+            args,
+            prog_name="distbn-convert",
+            standalone_mode=False,
+            obj=told,
+            color=allow_color(args),
+        )
         ignore_signals()
         status = 0
     except BaseException as error:
@@ -79,9 +94,12 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
         document = {"code": code, "message": message, "hint": hint, "path": path}
         echo_json({"schema": 1, "error": {**document, "exit_code": status}})
     elif isinstance(error, click.UsageError):
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        told = re.sub("^Error:", label("Error"), text.getvalue(), count=1, flags=re.MULTILINE)
+        click.echo(told, err=True, nl=False, color=allow_color(args))
     else:
-        click.echo(f"Error: {message}", err=True)
+        click.echo(f"{label('Error')} {message}", err=True, color=allow_color(args))
     if status == 1 and not isinstance(error, (DistBNError, click.ClickException)):
         if {"-v", "--verbose"} & set(args):
             traceback.print_exception(error)

@@ -11,7 +11,7 @@ import click
 
 from .options import output_options, reading_options, selecting_options, talking_options
 from .render import checksums, one_line, summary, table
-from .streams import ProgressBar, echo_json, input_path, output_path
+from .streams import ProgressBar, echo_json, input_path, label, output_path
 
 if TYPE_CHECKING:
     from ..checkpoint.report import CheckpointReport
@@ -213,7 +213,7 @@ class _Talk:
         """Print warnings on stderr."""
         if not self.quiet:
             for warning in warnings:
-                click.echo(f"Warning: {one_line(warning)}", err=True)
+                click.echo(f"{label('Warning')} {one_line(warning)}", err=True)
 
 
 def _write(

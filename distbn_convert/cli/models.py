@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .options import no_color
 from .streams import echo_json
 
 __all__ = ["models"]
@@ -44,6 +45,7 @@ def models(context: click.Context) -> None:
 @models.command("list", hidden=True)
 @click.argument("names", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@no_color
 def list_(names: tuple[str, ...], as_json: bool) -> None:
     """Print how many BatchNorm layers torchvision's models hold.
 
@@ -62,6 +64,7 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--weights", help="torchvision's pretrained weights, for example DEFAULT.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing DST.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@no_color
 def export(
     name: str, dst: str, vt_world_size: int, weights: str | None, force: bool, as_json: bool
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["output_options", "reading_options", "selecting_options", "talking_options"]
+__all__ = ["no_color", "output_options", "reading_options", "selecting_options", "talking_options"]
 
 Command = Callable[..., Any]
 
@@ -85,8 +85,14 @@ reading_options = _together(
     click.option("--check-input", is_flag=True, help="Compare the input with its checksums first."),
 )
 
+# Not passed on: main() looks for it, so that it works for every error.
+no_color = click.option(
+    "--no-color", is_flag=True, expose_value=False, help="No colours, as with NO_COLOR set."
+)
+
 talking_options = _together(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Print errors alone."),
     click.option("-v", "--verbose", is_flag=True, help="Print each BatchNorm, and tracebacks."),
+    no_color,
 )

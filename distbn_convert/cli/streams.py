@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,18 @@ import click
 
 from ..checkpoint.places import as_path
 
-__all__ = ["ProgressBar", "Terminated", "catch_signals", "echo_json", "input_path", "output_path"]
+__all__ = [
+    "ProgressBar",
+    "Terminated",
+    "allow_color",
+    "catch_signals",
+    "echo_json",
+    "input_path",
+    "label",
+    "output_path",
+]
+
+_COLORS = {"Error": "red", "Warning": "yellow"}
 
 
 class Terminated(BaseException):
@@ -74,6 +85,21 @@ def ignore_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def allow_color(args: Sequence[str]) -> bool | None:
+    """Return False if colours are unwanted, whatever the stream; None leaves it to click.
+
+    Which then colours nothing that does not go to a terminal. ``NO_COLOR`` is an agreement of many
+    programs (no-color.org): any value but an empty one.
+    """
+    unwanted = {"--no-color", "--json"} & set(args) or os.environ.get("NO_COLOR")
+    return False if unwanted or os.environ.get("TERM") == "dumb" else None
+
+
+def label(word: str) -> str:
+    """Return ``Error:`` or ``Warning:``, coloured; click takes the colour away where none goes."""
+    return click.style(f"{word}:", fg=_COLORS[word], bold=True)
 
 
 def echo_json(document: Any) -> None:
