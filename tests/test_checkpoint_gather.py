@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from html import escape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -192,8 +193,7 @@ def virtual(tmp_path: Path) -> Path:
 def test_the_plot_names_every_layer_and_its_numbers(virtual: Path, capsys: Any) -> None:
     svg = virtual.with_name("spread.svg")
     assert run_cli(capsys, "inspect", virtual, "--plot", svg).code == 0
-    texts = [element.text for element in ElementTree.parse(svg).iter() if element.text]
-    text = " ".join(texts)
+    text = " ".join(texts(svg))
     for label in ("conv1_BN  [5]", "downsample.1  [5]", "head  [4]", "running_mean", "running_var"):
         assert label in text
     assert "virtual.pth: how far 3 virtual ranks disagree in 3 BatchNorm layers" in text
@@ -223,3 +223,46 @@ def test_a_plot_needs_virtual_ranks_and_a_known_ending(virtual: Path) -> None:
     plain = inspect_checkpoint(virtual.with_name("rank0.pth"))
     with pytest.raises(NothingToDoError, match="no virtual ranks to compare"):
         plot_spread(plain, virtual.with_name("p.png"))
+
+
+def texts(svg: Path) -> list[str]:
+    return [element.text for element in ElementTree.parse(svg).iter() if element.text]
+
+
+NAMES = {
+    "<b>&$\\frac{a}$": "<b>&$\\frac{a}$  [2]",
+    "bell\x07\nbn": "bell\ufffd\ufffdbn  [2]",
+    "名前": "名前  [2]",
+    "a" * 40 + "." + "b" * 40: "a" * 24 + "…" + "b" * 24 + "  [2]",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plot_shows_any_name_as_text(tmp_path: Path, name: str) -> None:
+    state = {f"{name}.running_mean": torch.rand(3, 2), f"{name}.running_var": torch.rand(3, 2)}
+    torch.save(state, tmp_path / "a$x^$<i>.pth")
+    report = inspect_checkpoint(tmp_path / "a$x^$<i>.pth")
+    for ending in ("svg", "png", "html"):
+        plot_spread(report, tmp_path / f"spread.{ending}")
+    shown = texts(tmp_path / "spread.svg")
+    assert NAMES[name] in [text.strip() for text in shown]
+    title = "a$x^$<i>.pth: how far 3 virtual ranks disagree in 1 BatchNorm layer"
+    assert title in shown
+    assert f"<title>{escape(title)}</title>" in (tmp_path / "spread.html").read_text("utf-8")
+
+
+def test_a_plot_counts_the_layers_that_it_shows_and_writes_numbers_out(tmp_path: Path) -> None:
+    state = dict(nn.BatchNorm1d(1).state_dict(prefix="plain."))
+    for name, mean in (("a", [0.0, 2e4]), ("b", [0.0, 2.0])):
+        state[f"{name}.running_mean"] = torch.tensor(mean).view(2, 1)
+        state[f"{name}.running_var"] = torch.ones(2, 1)
+    infinite = torch.tensor([[1.7e308], [-1.7e308]], dtype=torch.float64)
+    state |= {"c.running_mean": infinite, "c.running_var": torch.ones(2, 1, dtype=torch.float64)}
+    torch.save(state, tmp_path / "in.pth")
+    for ending in ("svg", "html"):
+        plot_spread(inspect_checkpoint(tmp_path / "in.pth"), tmp_path / f"spread.{ending}")
+        text = (tmp_path / f"spread.{ending}").read_text("utf-8")
+        assert "disagree in 2 BatchNorm layers" in text
+    shown = texts(tmp_path / "spread.svg")
+    assert {"10,000", "1", "layer  [channels]"} <= {text.strip() for text in shown}
+    assert not any("e+" in text for text in shown)
