@@ -23,7 +23,7 @@ Writer = Callable[[IO[bytes], "Progress | None"], object]
 
 @contextmanager
 def write_folder(
-    src: StrPath,
+    src: StrPath | None,
     dst: StrPath,
     writers: Mapping[str, Writer],
     sizes: Mapping[str, int],
@@ -40,9 +40,10 @@ def write_folder(
     A ``.git`` is not copied.
 
     Args:
-        src: **path** of the folder, not modified.
+        src: **path** of the folder, not modified; None if there is none to copy.
         dst: **path** of the new folder, outside of ``src`` or the same.
-        writers: by file name relative to ``src``, **callable(file, progress)** that writes it.
+        writers: by file name relative to ``src``, **callable(file, progress)** that writes it;
+            a file that is not in ``src`` is added.
         sizes: of what each writer writes, for the check of the free space.
         leave_out: names of files that are not carried over. Default: none
         overwrite: **bool**, as for :func:`atomic_folder`. Default: False
@@ -56,19 +57,19 @@ def write_folder(
         RefusedError: ``dst`` is inside ``src``, or ``src`` holds what is neither file nor folder.
         OutputExistsError, FileAccessError: as :func:`atomic_folder`.
     """
-    source, target = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
-    in_place = same_file(source, target)
+    source = None if src is None else Path(os.path.realpath(src))
+    target = Path(os.path.realpath(dst))
+    in_place = source is not None and same_file(source, target)
     if source in target.parents:
         raise RefusedError(f"{dst} is inside {src}, which is copied there; give a place outside.")
     plan = _Plan(source, writers, leave_out, in_place)
-    assert set(writers) <= set(plan.files)
     total = sum(sizes.values()) + plan.bytes_to_copy()
     meter = _Meter(total, progress)
     with atomic_folder(dst, overwrite=overwrite, expected_bytes=total, fsync=fsync) as folder:
         with told(dst):
             for name in plan.folders:
                 os.makedirs(folder / name, exist_ok=True)
-            for name in plan.files:
+            for name in dict.fromkeys([*plan.files, *writers]):
                 if name in writers:
                     size = sizes[name]
                     with atomic_output(folder / name, expected_bytes=size, fsync=False) as file:
@@ -76,11 +77,11 @@ def write_folder(
                         writers[name](file, tell)
                         tell(size, size)
                         if in_place:
-                            take_over(file.fileno(), os.stat(source / name))
+                            take_over(file.fileno(), os.stat(plan.source / name))
                 else:
                     plan.carry(name, folder, meter.of_one_file())
             for name in plan.folders:
-                shutil.copystat(source / name, folder / name)
+                shutil.copystat(plan.source / name, folder / name)
         yield folder
 
 
@@ -88,15 +89,19 @@ class _Plan:
     """What a folder consists of, and how each piece gets into the new one."""
 
     def __init__(
-        self, source: Path, changed: Collection[str], leave_out: Collection[str], in_place: bool
+        self,
+        source: Path | None,
+        changed: Collection[str],
+        leave_out: Collection[str],
+        in_place: bool,
     ) -> None:
-        self.source = source
+        self.source = source or Path()
         self.changed = changed
         self.in_place = in_place
         self.folders: list[str] = []
         self.files: list[str] = []
         self.links: set[str] = set()
-        for place, folders, files in os.walk(source, onerror=_raise):
+        for place, folders, files in os.walk(source, onerror=_raise) if source else ():
             if not in_place and ".git" in folders:
                 folders.remove(".git")
             relative = os.path.relpath(place, source)

@@ -17,7 +17,7 @@ from .stores import ReadOptions, Store, WriteOptions
 from .torchfile import TorchFile
 from .torchstore import TreeStore, write_tree
 
-__all__ = ["write_as"]
+__all__ = ["for_safetensors", "write_as"]
 
 
 def write_as(
@@ -44,19 +44,36 @@ def write_as(
     Raises:
         RefusedError: safetensors cannot hold what is in the file.
     """
-    if isinstance(store, TreeStore):
-        store.replace(replacements)
-        tensors = _extract(store, state)
-    else:
-        tensors = _collect(store, replacements)
     if format == "torch":
+        tensors = _tensors(store, replacements, state)
         expected = sum(tensor.nbytes for tensor in tensors.values())
         write_tree(TorchFile(tensors), dst, expected, options, ReadOptions())
         return []
-    strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
+    tensors, notes = for_safetensors(store, replacements, state)
     write_flat(tensors, dst, options, {"format": "pt"})
+    return notes
+
+
+def for_safetensors(
+    store: Store, replacements: Replacements, state: str | None
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Return the tensors of a store as safetensors can hold them, and what the user should know.
+
+    Raises:
+        RefusedError: there is something else than tensors.
+    """
+    tensors = _tensors(store, replacements, state)
+    strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
     more = f" and {len(strided) - 1} more" if len(strided) > 1 else ""
-    return [f"{strided[0]}{more} were made contiguous for safetensors."] if strided else []
+    notes = [f"{strided[0]}{more} were made contiguous for safetensors."] if strided else []
+    return tensors, notes
+
+
+def _tensors(store: Store, replacements: Replacements, state: str | None) -> Mapping[str, Tensor]:
+    if isinstance(store, TreeStore):
+        store.replace(replacements)
+        return _extract(store, state)
+    return _collect(store, replacements)
 
 
 def _collect(store: Store, replacements: Replacements) -> OrderedDict[str, Tensor]:

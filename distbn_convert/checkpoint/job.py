@@ -59,6 +59,7 @@ class Job:
         index = self.kind is Kind.SHARDED and self.src.is_file()
         self.root = self.src.parent if index else self.src  # what is written anew
         self.format = _other_format(self.kind, options.format)
+        self._check_shards()
         self.dst = self._place(None if dst is None else as_path(dst))
         self.notes = notes if notes is not None else []
 
@@ -111,6 +112,25 @@ class Job:
             elapsed_s=time.monotonic() - self.started,
         )
 
+    def _check_shards(self) -> None:
+        """Refuse shards of what would be no safetensors."""
+        if self.options.max_shard_size is None:
+            return
+        if self.options.in_place:
+            raise ConfigurationError("max_shard_size makes a new folder; name an output instead.")
+        own = self.kind is Kind.SAFETENSORS
+        if self.kind is Kind.ACCELERATE:
+            own = len(list(self.src.glob("*.safetensors"))) == 1
+        if self.kind is Kind.SHARDED:
+            index = self.src if self.src.is_file() else next(self.src.glob("*.index.json"))
+            own = index.name.endswith(".safetensors.index.json")
+        if self.format != "safetensors" and (self.format is not None or not own):
+            becomes = self.format or self.kind
+            raise ConfigurationError(
+                f"max_shard_size is for safetensors, but the output would be {becomes}"
+                "; use format='safetensors' (--format safetensors)."
+            )
+
     def _place(self, dst: Path | None) -> Path:
         in_place = self.options.in_place
         if dst is None and not in_place:
@@ -130,7 +150,13 @@ class Job:
         path = self.root if same or dst is None else dst
         if not in_place:
             _check_suffix(path, self.kind, self.format)
-        folder = self.root.is_dir() and self.format is None
+        if self.options.max_shard_size is not None and path.suffix == ".safetensors":
+            raise ConfigurationError(
+                f"max_shard_size makes a folder, but {path.name} is named as a file; leave its "
+                "ending out."
+            )
+        sharded = self.options.max_shard_size is not None
+        folder = sharded or (self.root.is_dir() and self.format is None)
         output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
         return path
 
@@ -144,7 +170,12 @@ class Job:
             before_publish=self._check_unchanged,
         )
         with self._backup():
-            if self.format is None:
+            if options.max_shard_size is not None:
+                from .reshard import write_shards
+
+                limit, state = int(options.max_shard_size), options.state
+                self.notes += write_shards(store, self.dst, replacements, limit, state, writing)
+            elif self.format is None:
                 store.write(self.dst, replacements, writing)
             else:
                 from .crossformat import write_as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,9 +10,30 @@ from ..errors import ConfigurationError
 from .groups import Selection
 from .stores import Progress, ReadOptions
 
-__all__ = ["FORMATS", "Options"]
+__all__ = ["FORMATS", "Options", "parse_size"]
 
 FORMATS = ("auto", "torch", "safetensors")
+
+
+_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+_UNITS |= {unit: 1024**power for power, unit in enumerate(("", "KIB", "MIB", "GIB", "TIB"))}
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes that is written ``5GB``, ``1.5 GiB`` or ``500000``.
+
+    Raises:
+        ConfigurationError: it is none, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    unit = _UNITS.get(found[2].upper()) if found else None
+    count = round(float(found[1]) * unit) if found and unit else 0
+    if count < 1 or not isinstance(size, int | str) or isinstance(size, bool):
+        raise ConfigurationError(
+            f"expected a size such as '5GB', '500MB' or a number of bytes, but got {size!r}; the "
+            "units are B, kB, MB, GB, TB (of 1000) and KiB, MiB, GiB, TiB (of 1024)."
+        )
+    return count
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,9 @@ class Options:
             Default: False
         format: of the output, ``"auto"`` (the input's), ``"torch"`` or ``"safetensors"``.
             Default: ``"auto"``
+        max_shard_size: write safetensors as a folder of shards of at most so many bytes, an int or
+            ``"5GB"``, ``"500MB"``, with an index; as ``model.safetensors`` in the folder if all
+            fits in one. A larger tensor gets a shard of its own. Default: None, one file
         overwrite: replace an existing output. Default: False
         in_place: the output is the input; ``dst`` is None or the same file. Default: False
         backup: with ``in_place``, keep the input as ``SRC.bak``. Default: True
@@ -47,6 +72,7 @@ class Options:
     state: str | None = None
     ema_underscore: bool = False
     format: str = "auto"
+    max_shard_size: int | str | None = None
     overwrite: bool = False
     in_place: bool = False
     backup: bool = True
@@ -74,6 +100,9 @@ class Options:
                 f"format must be one of {', '.join(map(repr, FORMATS))}, but got {self.format!r}; "
                 "'auto' keeps the input's."
             )
+
+        if self.max_shard_size is not None:
+            object.__setattr__(self, "max_shard_size", parse_size(self.max_shard_size))
 
     @property
     def selection(self) -> Selection:

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Header",
     "TensorInfo",
+    "describe",
     "format_name",
     "header_of",
+    "package_order",
     "read_bytes",
     "read_header",
     "read_tensor",
     "rewrite",
     "write",
+    "write_tensor",
 ]
 
 # The format's name of a dtype -> torch's; what is missing can be copied but not read.
@@ -104,7 +107,7 @@ def rewrite(
     """
     unknown = replacements.keys() - header.tensors.keys()
     assert not unknown, unknown
-    changed = {name: _info(name, tensor) for name, tensor in replacements.items()}
+    changed = {name: describe(name, tensor) for name, tensor in replacements.items()}
     new = lay_out(
         (changed.get(info.name, info) for info in header.tensors.values()), header.metadata
     )
@@ -115,7 +118,7 @@ def rewrite(
             if name is None:
                 sink.copy(source, header.start + start, header.start + stop)
             else:
-                _write_tensor(sink, replacements[name])
+                write_tensor(sink, replacements[name])
     return new
 
 
@@ -157,13 +160,13 @@ def write(
     Raises:
         RefusedError: a tensor is of a kind that the format cannot hold.
     """
-    infos = [_info(name, tensor) for name, tensor in tensors.items()]
-    infos.sort(key=lambda info: (-_ORDER[info.dtype], info.name.encode()))
+    infos = [describe(name, tensor) for name, tensor in tensors.items()]
+    infos.sort(key=package_order)
     new = lay_out(infos, None if metadata is None else dict(sorted(metadata.items())))
     sink = Sink(out, new.size, progress)
     sink.write(encode_header(new))
     for name in new.tensors:
-        _write_tensor(sink, tensors[name])
+        write_tensor(sink, tensors[name])
     return new
 
 
@@ -187,7 +190,17 @@ def header_of(state: Mapping[str, object]) -> Header:
     return Header(infos, None, 0)
 
 
-def _info(name: str, tensor: Tensor) -> TensorInfo:
+def package_order(info: TensorInfo) -> tuple[int, bytes]:
+    """Return the key by which the package sorts a file."""
+    return -_ORDER[info.dtype], info.name.encode()
+
+
+def describe(name: str, tensor: Tensor) -> TensorInfo:
+    """Return what a header says of a tensor; where it is in the file is not known yet.
+
+    Raises:
+        RefusedError: the format cannot hold it.
+    """
     import torch
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -206,7 +219,7 @@ def _info(name: str, tensor: Tensor) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
 
 
-def _write_tensor(sink: Sink, tensor: Tensor) -> None:
+def write_tensor(sink: Sink, tensor: Tensor) -> None:
     """Write the bytes of a tensor from where they are; works without NumPy and for every dtype."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     size = dense.numel() * dense.element_size()

@@ -20,7 +20,7 @@ from .stores import ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile
 from .torchstore import write_tree
 
-__all__ = ["save_state_dict", "write_flat"]
+__all__ = ["refuse_shared", "save_state_dict", "write_flat"]
 
 
 def save_state_dict(
@@ -59,7 +59,7 @@ def write_flat(
         RefusedError: tensors share memory, or are of a kind that the format cannot hold.
         VerificationError: what was read back is not what was meant.
     """
-    _refuse_shared(tensors)
+    refuse_shared(tensors)
     expected = sum(tensor.nbytes for tensor in tensors.values())
     with atomic_output(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
@@ -78,7 +78,7 @@ def _read_back(written: Path, tensors: Mapping[str, Tensor], dst: Path) -> None:
             raise read_back_error(dst, name)
 
 
-def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:
+def refuse_shared(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that overlap: safetensors would write each, and untie them for good."""
     extents = sorted((*_extent(tensor), name) for name, tensor in tensors.items() if tensor.numel())
     for (_, stop, first), (start, _, second) in pairwise(extents):

@@ -45,6 +45,12 @@ output_options = _together(
         show_default=True,
         help="Of the output; auto is the input's.",
     ),
+    click.option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Write safetensors as a folder DST of shards of at most SIZE, 5GB or 500MB, and their "
+        "index, as Hugging Face does.",
+    ),
     click.option("-f", "--force", is_flag=True, help="Replace DST; accept any compression ratio."),
     click.option("--in-place", is_flag=True, help="Write to SRC; leave DST out."),
     click.option(

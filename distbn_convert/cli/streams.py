@@ -144,6 +144,8 @@ def output_path(dst: str | None) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
         path = Path(folder, "stdout")
         yield path
+        if path.is_dir():
+            raise click.UsageError("a folder cannot go to stdout; name one as DST.")
         if path.exists():
             with open(path, "rb") as file:
                 shutil.copyfileobj(file, sys.stdout.buffer, 1 << 24)
