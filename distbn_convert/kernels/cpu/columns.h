@@ -53,6 +53,7 @@ struct ColumnsForward : ColumnsBase<T> {
         g, chunk,
         [&](auto unroll, int64_t start) {
           Base::each_vector(g.columns, [&](int64_t i, auto load, auto) {
+            this->fetch(unroll, input + start, i, g.row_stride);
             const V shift = distbn::load(&shifts[i]);
             V sum{}, square{};
             for (int r = 0; r < unroll; ++r) {
@@ -98,6 +99,7 @@ struct ColumnsForward : ColumnsBase<T> {
         g, chunk,
         [&](auto unroll, int64_t start) {
           Base::each_vector(g.columns, [&](int64_t i, auto load, auto store) {
+            this->fetch(unroll, input + start, i, g.row_stride);
             const V mean = distbn::load(coefficients + i);
             const V scale = distbn::load(coefficients + padded + i);
             const V shift = distbn::load(coefficients + 2 * padded + i);
@@ -142,6 +144,8 @@ struct ColumnsBackward : ColumnsBase<T> {
         g, chunk,
         [&](auto unroll, int64_t start) {
           Base::each_vector(g.columns, [&](int64_t i, auto load, auto) {
+            this->fetch(unroll, grad_output + start, i, g.row_stride);
+            this->fetch(unroll, input + start, i, g.row_stride);
             const V mean = distbn::load(&means[i]);
             V sum{}, product{};
             for (int r = 0; r < unroll; ++r) {
@@ -187,6 +191,8 @@ struct ColumnsBackward : ColumnsBase<T> {
         g, chunk,
         [&](auto unroll, int64_t start) {
           Base::each_vector(g.columns, [&](int64_t i, auto load, auto store) {
+            this->fetch(unroll, grad_output + start, i, g.row_stride);
+            this->fetch(unroll, input + start, i, g.row_stride);
             const V mean = distbn::load(coefficients + i);
             const V scale = distbn::load(coefficients + padded + i);
             const V slope = distbn::load(coefficients + 2 * padded + i);

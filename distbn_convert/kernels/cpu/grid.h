@@ -8,17 +8,23 @@ namespace distbn {
 
 constexpr int64_t kColumnsChunk = 65536;
 constexpr int64_t kMinChunkRows = 256;
-constexpr int64_t kMaxColumns = 1024;
+// Their sums and shifts fill most of the first-level cache. Narrower blocks, even ones that fit in the
+// second-level cache, take longer: the prefetchers want whole rows.
+constexpr int64_t kMaxColumns = 2048;
 // Of what the second-level cache holds: sums and statistics of so many stay in the first.
 constexpr int64_t kCachedColumns = 256;
-constexpr int64_t kWide = 512;
 // A chunk's shift is the mean of this part of its rows, but of so many at least: of a few rows, one
 // may be far from the others.
 constexpr int64_t kHeadPart = 16;
 constexpr int64_t kMinHead = 16;
 // Rows summed in float32 before the sums go to double.
 constexpr int64_t kFlushRows = 64;
-// Bytes of a group that stay in the second-level cache until they are read again.
+// Rows taken at once, so that a vector of sums or coefficients serves several.
+constexpr int kRowsAtOnce = 4;
+// The same for rows of up to kNarrow columns, and for what the second-level cache holds.
+constexpr int kShortRowsAtOnce = 8;
+constexpr int64_t kNarrow = 32;
+// Bytes that stay in the second-level cache until they are read again.
 constexpr int64_t kCacheBytes = 512 * 1024;
 
 // Up to this many positions an input laid out as [N, C, S] is taken as rows of C * S columns.
@@ -26,8 +32,6 @@ constexpr int64_t kFewPositions = 32;
 
 // Rows of `width` columns, cut into blocks. A channel has `fold` columns: if channels come last and
 // are few, several positions make a row; if positions come last, all of them do.
-// Wide rows are cut so that a group stays in the cache; others are read whole, which the
-// prefetcher likes better.
 struct Grid {
   int64_t fold, width, block, blocks;
   int64_t fold_step, channel_step;  // from a column of a channel to its next, and to the next channel
@@ -37,12 +41,8 @@ struct Grid {
     fold_step = channels_last ? p.channels : 1;
     channel_step = channels_last ? 1 : fold;
     width = p.channels * fold;
-    const int64_t rows = std::max<int64_t>(1, ceil_div(p.samples, p.ranks) * p.positions / fold);
-    const int64_t fitting = kCacheBytes / (rows * bytes_per_value) / 64 * 64;
-    block = width;
-    if (width >= kWide && fitting >= 64) block = std::min(block, fitting);
     const bool cached = p.size() * bytes_per_value <= kCacheBytes;
-    block = std::min(block, cached && fold == 1 ? kCachedColumns : kMaxColumns);
+    block = std::min(width, cached && fold == 1 ? kCachedColumns : kMaxColumns);
     if (!channels_last) block = std::max(block / fold * fold, fold);
     if (channels_last && fold > 1) block = width;
     blocks = ceil_div(width, block);
@@ -122,23 +122,23 @@ struct ColumnsBase {
     }
   }
 
-  // Calls rows(std::integral_constant<int, R>, offset) for R = 8 rows or 1, flush() between. Whole
-  // rows are taken one by one; of cut rows, which are far apart, eight at once keep memory busy, and
-  // of short ones or of what the caches hold they keep the sums in registers.
+  // Calls rows(std::integral_constant<int, R>, offset) for R rows, flush() between.
   template <class Rows, class Flush>
   INLINE void each_rows(const Group& g, const Chunk& chunk, const Rows& rows,
                         const Flush& flush) const {
     const bool cached = problem.size() * int64_t(sizeof(T)) <= kCacheBytes;
-    const bool several = grid.blocks > 1 || grid.block <= 32 || cached;
+    const int64_t most = grid.block <= kNarrow || cached ? kShortRowsAtOnce : kRowsAtOnce;
     int64_t filled = 0;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = g.offset + run * g.run_stride;
       for (int64_t i = chunk.begin; i < chunk.end;) {
-        const int64_t step = several && i + 8 <= chunk.end ? 8 : 1;
-        if (step == 8) {
-          rows(std::integral_constant<int, 8>(), start + i * g.row_stride);
+        const int64_t at = start + i * g.row_stride, step = i + most <= chunk.end ? most : 1;
+        if (step == kShortRowsAtOnce) {
+          rows(std::integral_constant<int, kShortRowsAtOnce>(), at);
+        } else if (step == kRowsAtOnce) {
+          rows(std::integral_constant<int, kRowsAtOnce>(), at);
         } else {
-          rows(std::integral_constant<int, 1>(), start + i * g.row_stride);
+          rows(std::integral_constant<int, 1>(), at);
         }
         i += step;
         filled += step;
@@ -149,6 +149,22 @@ struct ColumnsBase {
       }
     }
     flush();
+  }
+
+  // Fetches a part of the next R rows into the cache for column i of these. Several rows of one page
+  // at once confuse the prefetchers, so it goes in the order of memory; where rows are cut, from the
+  // same columns. Past the end it fetches nothing, or what nobody reads.
+  template <int R>
+  INLINE void fetch(std::integral_constant<int, R>, const T* rows, int64_t i, int64_t stride) const {
+    constexpr int64_t kLine = kLineBytes / int64_t(sizeof(T));
+    if constexpr (R == kRowsAtOnce) {
+      if (grid.blocks == 1) {
+        const T* next = rows + R * stride + R * i;
+        for (int64_t k = 0; k < R * L; k += kLine) __builtin_prefetch(next + k);
+      } else if (i % kLine == 0) {
+        for (int64_t r = 0; r < R; ++r) __builtin_prefetch(rows + (R + r) * stride + i);
+      }
+    }
   }
 
   // Calls columns(i, load, store) for each vector of columns; the last one may be part of one.
