@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from distbn_convert.checkpoint import convert_checkpoint
 from distbn_convert.checkpoint.atomic import _Raw
-from distbn_convert.checkpoint.header import read_header
 from distbn_convert.checkpoint.readback import reading_back
 from distbn_convert.errors import VerificationError
 
@@ -36,7 +35,8 @@ def flipped(data: Any, place: int) -> bytearray:
 def test_a_bit_that_the_disk_changes_in_a_torch_file_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, number: int
 ) -> None:
-    torch.save(state(), tmp_path / "in.pth")
+    """In one that torch writes from memory, as from a legacy file."""
+    torch.save(state(), tmp_path / "in.pth", _use_new_zipfile_serialization=False)
     large = []
     write = _Raw.write
 
@@ -55,12 +55,18 @@ def test_a_bit_that_the_disk_changes_in_a_torch_file_is_found(
 
 
 @pytest.mark.parametrize("place", [0, LARGE // 2, LARGE - 1])
-@pytest.mark.parametrize("number", [0, 1], ids=["first", "last"])
-def test_a_bit_that_the_disk_changes_in_safetensors_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, number: int
+@pytest.mark.parametrize("name", ["a", "z"], ids=["first", "last"])
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+def test_a_bit_that_the_disk_changes_in_a_copy_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, name: str, format: str
 ) -> None:
-    save_file(state(), tmp_path / "in.safetensors")
-    wanted = marked(tmp_path / "in.safetensors", place, number)
+    path = tmp_path / f"in.{format}"
+    content = state()
+    wanted = marked(content[name], place)
+    if format == "pth":
+        torch.save(content, path)
+    else:
+        save_file(content, path)
     write = os.pwrite
     flips = []
 
@@ -72,21 +78,18 @@ def test_a_bit_that_the_disk_changes_in_safetensors_is_found(
         return write(descriptor, data, position)
 
     monkeypatch.setattr(os, "pwrite", wrong)
-    with pytest.raises(VerificationError, match="differs at " + "az"[number]):
-        convert_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors", 2)
+    with pytest.raises(VerificationError, match=f"differs at (a checksum|{name})"):
+        convert_checkpoint(path, tmp_path / f"out.{format}", 2)
     assert len(flips) == 1
-    assert os.listdir(tmp_path) == ["in.safetensors"]
+    assert os.listdir(tmp_path) == [path.name]
 
 
-def marked(path: Path, place: int, number: int) -> bytes:
-    """Put a mark into the first or the last large tensor, and return it."""
-    mark = b"a mark!!"
-    header = read_header(path)
-    with open(path, "r+b") as file:
-        start = header.start + header.tensors["az"[number]].start
-        file.seek(start + min(place, LARGE - len(mark)))
-        file.write(mark)
-    return mark
+def marked(tensor: torch.Tensor, place: int) -> bytes:
+    """Put a mark into a large tensor, and return it."""
+    mark = torch.frombuffer(bytearray(b"a mark!!"), dtype=torch.uint8)
+    start = min(place, LARGE - len(mark))
+    tensor.view(torch.uint8)[start : start + len(mark)] = mark
+    return b"a mark!!"
 
 
 def test_a_part_counts_as_a_copy_only_at_its_place_and_whole(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .places import StrPath
 from .stream import Source
 from .zips import reading_zip
 
-__all__ = ["check_zip", "checksum_of", "sha256_of"]
+__all__ = ["check_zip", "checksum_of", "data_start", "sha256_of"]
 
 _CHUNK = 1 << 20  # bytes; stays in the processor's cache
 _LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, two lengths at its end
@@ -45,9 +45,7 @@ def check_zip(
     called = path if called is None else called
     with reading_zip(path, called) as archive:
         infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            sound = threads.map(lambda info: _is_sound(Path(path), info, known or {}), infos)
-            damaged = [info for info, is_sound in zip(infos, sound, strict=True) if not is_sound]
+        damaged = _damaged(Path(path), infos, known or {})
     if damaged:
         raise ReadError(
             f"{called} is damaged: the checksum of {damaged[0].filename} does not match; "
@@ -84,25 +82,49 @@ def sha256_of(path: StrPath) -> str:
     return digest.hexdigest()
 
 
+def data_start(file: io.FileIO, info: zipfile.ZipInfo) -> int | None:
+    """Return where in a zip the bytes of a member begin; None if the member is not there."""
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL.size)
+    if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
+        return None
+    _, name, extra = _LOCAL.unpack(header)
+    return info.header_offset + _LOCAL.size + int(name) + int(extra)
+
+
+def _damaged(
+    path: Path, infos: list[zipfile.ZipInfo], known: Mapping[tuple[int, int], int | None]
+) -> list[zipfile.ZipInfo]:
+    """Return the members that are not sound; those worth a thread are read in one each."""
+
+    def is_sound(info: zipfile.ZipInfo) -> bool:
+        with open(path, "rb", buffering=0) as file:
+            return _is_sound(file, info, known)
+
+    large = [info for info in infos if info.file_size > _CHUNK or info.compress_type]
+    small = [info for info in infos if info.file_size <= _CHUNK and not info.compress_type]
+    with ThreadPoolExecutor(os.cpu_count()) as threads, open(path, "rb", buffering=0) as file:
+        sound = threads.map(is_sound, large)
+        damaged = [info for info in small if not _is_sound(file, info, known)]
+        return damaged + [info for info, is_ in zip(large, sound, strict=True) if not is_]
+
+
 def _is_sound(
-    path: Path, info: zipfile.ZipInfo, known: Mapping[tuple[int, int], int | None]
+    file: io.FileIO, info: zipfile.ZipInfo, known: Mapping[tuple[int, int], int | None]
 ) -> bool:
     if info.compress_type != zipfile.ZIP_STORED:
-        return _is_sound_compressed(path, info)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(info.header_offset)
-        header = file.read(_LOCAL.size)
-        if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
-            return False
-        _, name, extra = _LOCAL.unpack(header)
-        part = info.header_offset + _LOCAL.size + name + extra, info.file_size
-        found = known[part] if part in known else checksum_of(file, *part)
-        return found == info.CRC
+        return _is_sound_compressed(file, info)
+    start = data_start(file, info)
+    if start is None:
+        return False
+    part = start, info.file_size
+    found = known[part] if part in known else checksum_of(file, *part)
+    return found == info.CRC
 
 
-def _is_sound_compressed(path: Path, info: zipfile.ZipInfo) -> bool:
+def _is_sound_compressed(file: io.FileIO, info: zipfile.ZipInfo) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+        with zipfile.ZipFile(file) as archive, archive.open(info) as member:
             while member.read(_CHUNK):
                 pass
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):

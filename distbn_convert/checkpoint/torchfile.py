@@ -34,6 +34,7 @@ class TorchFile:
         pickle_module: what writes inert objects; None if there are none.
         opaque_globals: the names carried through unexecuted.
         warnings: what the user should know.
+        mapped: the file that its storages are mapped from; None if they are in memory.
     """
 
     tree: Any
@@ -41,6 +42,7 @@ class TorchFile:
     pickle_module: Any = None
     opaque_globals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    mapped: Path | None = None
 
 
 def load_torch(
@@ -78,6 +80,7 @@ def load_torch(
             # torch takes *.safetensors for that, whatever is in it, and maps UTF-8 names alone.
             if stored and path.suffix != ".safetensors" and _is_utf8(path):
                 result.tree = torch.load(str(path), mmap=True, **options)
+                result.mapped = path
             else:
                 with open(path, "rb") as file:
                     result.tree = torch.load(file, **options)
@@ -212,10 +215,10 @@ def _refusal(path: Path, unknown: list[str]) -> str:
 
 
 def _hidden(error: BaseException) -> BaseException | None:
-    """Find the interruption or the system's error that torch covered with its own."""
+    """Find the interruption, or the error of the system, that torch covered with its own."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, OSError) or not isinstance(chain, Exception):
+        if isinstance(chain, (OSError, MemoryError)) or not isinstance(chain, Exception):
             return chain
         chain = chain.__context__
     return None

@@ -17,8 +17,10 @@ from .edit import Replacements
 from .groups import Group
 from .readback import ReadBack, reading_back
 from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
+from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, walk_leaves, walk_mappings
+from .zipcopy import plan_copy
 
 __all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
 
@@ -107,7 +109,13 @@ def write_tree(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
     )
     with output as stream, reading_back(stream, options.verify, options.fsync) as back:
-        save_torch(file, Counted(stream, options.progress, expected, back))
+        plan = plan_copy(file)
+        if plan is None:
+            save_torch(file, Counted(stream, options.progress, expected, back))
+        else:
+            for part in plan.write(Sink(stream, expected, options.progress)):
+                if back is not None:
+                    back.take_checksum(*part)
         if back is not None:
             stream.flush()
             try:
@@ -119,18 +127,20 @@ def write_tree(
                     allow_compressed=True,
                 )
             except ReadError as error:
+                if file.mapped is not None:
+                    check_zip(file.mapped)  # a damage that was copied
                 raise read_back_error(dst, "a checksum") from error
-            _compare(file, again, dst)
+            ends = plan is not None or torch.serialization.get_crc32_options()
+            _compare(file, again, dst, ends)
         options.before_publish()
 
 
-def _compare(file: TorchFile, again: TorchFile, dst: Path) -> None:
+def _compare(file: TorchFile, again: TorchFile, dst: Path, ends: bool) -> None:
     """Compare what was read back with what was meant.
 
-    Every byte was compared with the checksum that torch took from memory; of large tensors, which
-    those bytes are, the two ends are compared as well, in case they changed places.
+    If every byte was compared with a checksum, of large tensors, which those bytes are, the two
+    ends are compared as well, in case they changed places.
     """
-    ends = torch.serialization.get_crc32_options()
     difference = first_difference(file.tree, again.tree, ends=ends)
     if difference is not None:
         raise read_back_error(dst, difference)

@@ -29,7 +29,8 @@ def reading_zip(
         fault: **str**, what is wrong if reading fails. Default: the directory is
 
     Yields:
-        zipfile.ZipFile: open for reading.
+        zipfile.ZipFile: open for reading. A checksum of 0, which torch writes if it shall take
+            none, becomes None: then it is not missed.
 
     Raises:
         ReadError: it is damaged, also if the directory leads before the start of the file.
@@ -38,6 +39,9 @@ def reading_zip(
     called = path if called is None else called
     try:
         with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.file_size and not info.CRC:
+                    info.CRC = None  # type: ignore[assignment]
             yield archive
     except (CheckpointError, MemoryError):
         raise
