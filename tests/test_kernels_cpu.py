@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Whole and part vectors, runs shorter than one, several chunks, a split reduction, one channel.
+# Whole and part vectors, runs shorter than one, several chunks, a split reduction, one channel,
+# more channels than go together.
 SHAPES = [
     (9, 70),
     (40, 3),
@@ -21,6 +22,7 @@ SHAPES = [
     (9, 33, 2),
     (9, 5, 15),
     (9, 7, 7, 7),
+    (9, 37, 6, 7),
     (17, 40, 6, 5),
     (8, 1, 9, 11),
     (5, 3, 130, 140),

@@ -1,5 +1,5 @@
 // Inputs laid out as [N, C, S]: a channel of a sample is one run of S values.
-// A group is one channel of one rank; its mean, scale and shift are scalars.
+// A group is some channels of one rank, most often one; mean, scale and shift of a channel are scalars.
 #pragma once
 
 #include "schedule.h"
@@ -18,6 +18,10 @@ constexpr int64_t kRowsFlush = 4096;
 // Shorter runs are not streamed: too many of their lines are shared with the next channel's run, and
 // a line that is partly streamed costs more than one that is not.
 constexpr int64_t kStreamRunBytes = 512;
+// Channels of few values go together, up to so many values and so many channels: their statistics
+// then become vectors, and no channel waits for the roots and quotients of the one before.
+constexpr int64_t kTogetherValues = 8192;
+constexpr int64_t kTogether = 16;
 
 template <class T>
 struct RowsBase {
@@ -27,28 +31,36 @@ struct RowsBase {
 
   Problem problem;
   Cut cut;
-  int64_t groups, max_chunks, partial_size = 2, coefficient_size = 4, work_size = 0;
+  int64_t together, blocks, groups, max_chunks, partial_size, coefficient_size, work_size;
   bool streamed;
 
   explicit RowsBase(const Problem& p)
       : problem(p),
         cut(p.positions, kRowsChunk),
-        groups(p.ranks * p.channels),
+        together(std::clamp<int64_t>(
+            kTogetherValues / (ceil_div(p.samples, p.ranks) * p.positions), 1,
+            std::min(kTogether, p.channels))),
+        blocks(ceil_div(p.channels, together)),
+        groups(p.ranks * blocks),
         max_chunks(group(0).chunks.count()),
+        partial_size(2 * together),
+        coefficient_size(4 * together),
+        work_size(2 * together),
         streamed(streams<T>(p) && p.positions * int64_t(sizeof(T)) >= kStreamRunBytes) {}
 
-  // One channel of one rank: its first run begins at offset, the next ones stride further on.
+  // Channels of one rank: the first one's first run begins at offset, its next ones stride further on.
   struct Group {
-    int64_t rank, channel, offset, stride;
+    int64_t rank, channel, channels, offset, stride;
     Chunks chunks;
   };
 
   Group group(int64_t index) const {
-    const int64_t rank = index / problem.channels, channel = index - rank * problem.channels;
+    const int64_t rank = index / blocks, channel = (index - rank * blocks) * together;
     const Share share(problem, rank);
     const int64_t sample = problem.channels * problem.positions;
-    return {rank, channel, share.first * sample + channel * problem.positions,
-            share.step * sample, Chunks(share.count, cut)};
+    return {rank, channel, std::min(together, problem.channels - channel),
+            share.first * sample + channel * problem.positions, share.step * sample,
+            Chunks(share.count, cut)};
   }
 
   // Calls full(lane, offset) for whole vectors of a run and part(lane, offset, count) for the rest;
@@ -161,7 +173,12 @@ struct RowsForward : RowsBase<T> {
   }
 
   void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
-    const T* p = input + group.offset;
+    for (int64_t c = 0; c < group.channels; ++c) reduce_channel(group, c, chunk, partial + c);
+  }
+
+  void reduce_channel(const Group& group, int64_t channel, const Chunk& chunk,
+                      double* partial) const {
+    const T* p = input + group.offset + channel * this->problem.positions;
     const A shift = head_mean(p, group.stride, chunk);
     const V shifts = splat(shift);
     LaneSums<A> sums, squares;
@@ -185,25 +202,33 @@ struct RowsForward : RowsBase<T> {
         });
     const double mean = sums.total / double(chunk.size());
     partial[0] = double(shift) + mean;
-    partial[1] = not_negative(squares.total - sums.total * mean);
+    partial[this->together] = not_negative(squares.total - sums.total * mean);
   }
 
-  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
-    double count = 0, mean = 0, m2 = 0;
-    for (int64_t i = 0; i < group.chunks.count(); ++i) {
+  void finish(const Group& group, const double* partials, A* coefficients, double* work) const {
+    const int64_t channels = group.channels, width = this->together;
+    double count = 0, *mean = work, *m2 = work + width;
+    std::fill_n(work, 2 * width, 0.0);
+    for (int64_t i = 0; i < group.chunks.count(); ++i, partials += 2 * width) {
       const double size = double(group.chunks[i].size());
-      merge_moments(1, count, &mean, &m2, size, partials + 2 * i, partials + 2 * i + 1,
-                    1);
+      merge_moments(channels, count, mean, m2, size, partials, partials + width, 1);
       count += size;
     }
-    statistics.finish(group.rank, group.channel, 1, count, &mean, &m2, coefficients, 1);
+    statistics.finish(group.rank, group.channel, channels, count, mean, m2, coefficients, width);
   }
 
   void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
-    const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
-    const V shift = splat(coefficients[2]);
+    for (int64_t c = 0; c < group.channels; ++c) apply_channel(group, c, chunk, coefficients + c);
+  }
+
+  void apply_channel(const Group& group, int64_t channel, const Chunk& chunk,
+                     const A* coefficients) const {
+    const int64_t width = this->together;
+    const V mean = splat(coefficients[0]), scale = splat(coefficients[width]);
+    const V shift = splat(coefficients[2 * width]);
+    const int64_t offset = group.offset + channel * this->problem.positions + chunk.begin;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
-      const int64_t start = group.offset + run * group.stride + chunk.begin;
+      const int64_t start = offset + run * group.stride;
       this->write_run(output + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
         return (load(input + start + i, count...) - mean) * scale + shift;
       });
@@ -227,13 +252,20 @@ struct RowsBackward : RowsBase<T> {
                const BackwardStatistics& s)
       : Base(p), grad_output(grad_output), input(input), grad_input(grad_input), statistics(s) {}
 
-  void reduce(const Group& group, const Chunk& chunk, double* partial, double*) const {
-    double saved_mean;
-    statistics.mean.load(group.rank, group.channel, 1, &saved_mean);
-    const V mean = splat(A(saved_mean));
+  void reduce(const Group& group, const Chunk& chunk, double* partial, double* work) const {
+    statistics.mean.load(group.rank, group.channel, group.channels, work);
+    for (int64_t c = 0; c < group.channels; ++c) {
+      reduce_channel(group, c, chunk, A(work[c]), partial + c);
+    }
+  }
+
+  void reduce_channel(const Group& group, int64_t channel, const Chunk& chunk, A saved_mean,
+                      double* partial) const {
+    const V mean = splat(saved_mean);
     LaneSums<A> sums, products;
-    const T* x = input + group.offset;
-    const T* dy = grad_output + group.offset;
+    const int64_t offset = group.offset + channel * this->problem.positions;
+    const T* x = input + offset;
+    const T* dy = grad_output + offset;
     Base::each_block(
         chunk, group.stride,
         [&](int64_t start, int64_t size) {
@@ -258,24 +290,31 @@ struct RowsBackward : RowsBase<T> {
           products.flush();
         });
     partial[0] = sums.total;
-    partial[1] = products.total;
+    partial[this->together] = products.total;
   }
 
-  void finish(const Group& group, const double* partials, A* coefficients, double*) const {
-    double sum_dy = 0, sum_dy_x = 0;
-    for (int64_t i = 0; i < group.chunks.count(); ++i) {
-      sum_dy += partials[2 * i];
-      sum_dy_x += partials[2 * i + 1];
+  void finish(const Group& group, const double* partials, A* coefficients, double* work) const {
+    const int64_t width = this->together;
+    std::fill_n(work, 2 * width, 0.0);
+    for (int64_t i = 0; i < group.chunks.count(); ++i, partials += 2 * width) {
+      for (int64_t j = 0; j < 2 * width; ++j) work[j] += partials[j];
     }
-    statistics.finish(group.rank, group.channel, 1, group.chunks.size(), &sum_dy, &sum_dy_x,
-                      coefficients, 1);
+    statistics.finish(group.rank, group.channel, group.channels, group.chunks.size(), work,
+                      work + width, coefficients, width);
   }
 
   void apply(const Group& group, const Chunk& chunk, const A* coefficients) const {
-    const V mean = splat(coefficients[0]), scale = splat(coefficients[1]);
-    const V slope = splat(coefficients[2]), constant = splat(coefficients[3]);
+    for (int64_t c = 0; c < group.channels; ++c) apply_channel(group, c, chunk, coefficients + c);
+  }
+
+  void apply_channel(const Group& group, int64_t channel, const Chunk& chunk,
+                     const A* coefficients) const {
+    const int64_t width = this->together;
+    const V mean = splat(coefficients[0]), scale = splat(coefficients[width]);
+    const V slope = splat(coefficients[2 * width]), constant = splat(coefficients[3 * width]);
+    const int64_t offset = group.offset + channel * this->problem.positions + chunk.begin;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
-      const int64_t start = group.offset + run * group.stride + chunk.begin;
+      const int64_t start = offset + run * group.stride;
       this->write_run(grad_input + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
         const V x = load(input + start + i, count...), dy = load(grad_output + start + i, count...);
         return (x - mean) * slope + (dy * scale + constant);

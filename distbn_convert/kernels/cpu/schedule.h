@@ -1,6 +1,6 @@
 // How a call is cut into groups and chunks, and who runs them.
 //
-// A group has statistics of its own: one channel of one rank (rows.h) or a block of columns of one
+// A group has statistics of its own: some channels of one rank (rows.h) or a block of columns of one
 // rank (columns.h). Its values are reduced chunk by chunk; chunks depend on the shape alone and are
 // merged in order, so the bits do not depend on the number of threads.
 #pragma once
