@@ -15,6 +15,7 @@ from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
 from .places import StrPath, access_error, take_over, told
 from .stream import Progress, Sink, Source
+from .temporaries import is_temporary
 
 __all__ = ["Writer", "write_folder"]
 
@@ -109,7 +110,7 @@ class _Plan:
                 self._add_folder(os.path.normpath(os.path.join(relative, name)))
             for name in sorted(files):
                 path = os.path.normpath(os.path.join(relative, name))
-                if path not in leave_out and not name.endswith(".distbn-tmp"):
+                if path not in leave_out and not is_temporary(name):
                     self._add_file(path)
 
     def _add_folder(self, name: str) -> None:

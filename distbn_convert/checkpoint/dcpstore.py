@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from .compare import same_bits
 from .dcp import DcpFolder, read_dcp, write_dcp
+from .dcp_metadata import METADATA
 from .edit import Replacements
 from .flatstore import specs_of_header
 from .groups import Group, TensorSpec
@@ -46,6 +47,12 @@ class DcpStore:
                 f"several ranks wrote {path}, and torch takes each BatchNorm statistic from one "
                 "of them, mean and variance perhaps from two; synchronise them before saving."
             )
+
+    def files(self) -> Iterable[Path]:
+        """Return the files that are read."""
+        pieces = self.folder.metadata.storage_data.values()
+        names = {METADATA, *(info.relative_path for info in pieces)}
+        return [self.folder.path / name for name in names]
 
     def mappings(self) -> Mappings:
         """Describe each mapping of the nested state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ class FlatStore:
         self.tensors = len(self.header.tensors)
         self.warnings: list[str] = []
         self.opaque_globals: list[str] = []
+
+    def files(self) -> Iterable[Path]:
+        """Return the file that is read."""
+        return [self.path]
 
     def mappings(self) -> Mappings:
         """Describe the file's only mapping."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,10 @@ class AccelerateStore(_FolderStore):
         self.headers = read_accelerate(folder)
         super().__init__(folder, set(self.headers), list(self.headers.values()))
 
+    def files(self) -> Iterable[Path]:
+        """Return the files that are read."""
+        return [self.folder / file for file in self.headers]
+
     def _path(self, file: str) -> tuple[Any, ...]:
         return () if len(self.headers) == 1 else (file,)
 
@@ -110,6 +115,10 @@ class ShardedStore(_FolderStore):
         self.index = read_index(path, lambda shard: _load(shard, options))
         headers = self.index.headers
         super().__init__(self.index.folder, set(headers), list(headers.values()))
+
+    def files(self) -> Iterable[Path]:
+        """Return the index and the shards."""
+        return [self.index.path, *(self.folder / shard for shard in self.index.headers)]
 
     def mappings(self) -> Mappings:
         """Describe all shards as the one mapping that they are."""

@@ -67,6 +67,7 @@ def gather_checkpoints(
         for src in srcs[1:]:
             path = as_path(src)
             stores.append(open_store(path, chosen_options.reading))
+            job.keep(stores[-1])
             found = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, found.chosen))
             notes.extend(_other_differences(src, stores, chosen))

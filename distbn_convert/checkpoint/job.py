@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from .report import CheckpointReport, FileInfo
 from .sniff import Kind, sniff
 from .stores import Store, WriteOptions, open_store
 from .survey import survey
+from .temporaries import is_temporary
 
 if TYPE_CHECKING:
     from .edit import Replacements
@@ -84,6 +86,7 @@ class Job:
         if options.check_input:
             check_checksums(self.src)
         store = open_store(self.src, options.reading)
+        self.keep(store)
         found = survey(store, self.src, options.selection, state)
         groups = found.reports(store, action)
         if options.strict:
@@ -111,6 +114,26 @@ class Job:
             dry_run=options.dry_run,
             elapsed_s=time.monotonic() - self.started,
         )
+
+    def keep(self, store: Store) -> None:
+        """Refuse an output that would replace a file of this input, or a folder that holds one.
+
+        Raises:
+            OutputExistsError: it would.
+        """
+        if self.options.in_place or not self.dst.exists():
+            return
+        target = Path(os.path.realpath(self.dst))
+        for file in store.files():
+            if same_file(file, target):
+                raise OutputExistsError(
+                    f"{self.dst} is the input {file}, which would be lost; use another name."
+                )
+            link = Path(os.path.realpath(file.parent), file.name)
+            if target in (*link.parents, *Path(os.path.realpath(file)).parents):
+                raise OutputExistsError(
+                    f"{self.dst} holds the input {file}, which would be lost; use another name."
+                )
 
     def _check_shards(self) -> None:
         """Refuse shards of what would be no safetensors."""
@@ -258,9 +281,13 @@ def check_checksums(path: Path) -> int:
     return check_zip(path)
 
 
-def _fingerprint(path: Path) -> tuple[int, ...]:
+def _fingerprint(path: Path) -> tuple[object, ...]:
     try:
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode):  # its time changes when our own temporary file appears
+            names = [entry for entry in os.scandir(path) if not is_temporary(entry.name)]
+            files = sorted((entry.name, entry.inode()) for entry in names)
+            return status.st_dev, status.st_ino, *files
     except OSError as error:
         raise access_error(f"cannot read {path}", error) from error
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

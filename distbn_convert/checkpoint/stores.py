@@ -57,6 +57,9 @@ class Store(Protocol):
     warnings: list[str]
     opaque_globals: list[str]
 
+    def files(self) -> Iterable[Path]:
+        """Yield the files that are read."""
+
     def mappings(self) -> Mappings:
         """Yield each mapping of the file that can hold a state dict, described, with its path."""
 

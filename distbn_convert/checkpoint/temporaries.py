@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-__all__ = ["new_temporary", "remove_stale", "remove_temporary"]
+__all__ = ["is_temporary", "new_temporary", "remove_stale", "remove_temporary"]
 
 _STALE_AFTER = 3600  # seconds
 _NAME_BYTES = 200  # of the 255 that file systems allow, the rest is for the pid and the suffix
@@ -29,6 +29,11 @@ def new_temporary(target: Path) -> Path:
         atexit.register(_remove_ours, os.getpid())
     _ours[path.name] = path
     return path
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is an output on its way, or was left of one."""
+    return name.endswith(".distbn-tmp")
 
 
 def remove_temporary(path: Path) -> None:

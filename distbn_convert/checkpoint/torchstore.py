@@ -49,6 +49,10 @@ class TreeStore:
         """What was saved."""
         return self.file.tree
 
+    def files(self) -> Iterable[Path]:
+        """Return the file that is read."""
+        return [self.path]
+
     def mappings(self) -> Mappings:
         """Describe each dictionary of the tree."""
         for path, mapping in self._mappings.items():

@@ -1,0 +1,108 @@
+"""No output takes the place of something that was read, whatever --force allows."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from distbn_convert.checkpoint import (
+    convert_checkpoint,
+    gather_checkpoints,
+    revert_checkpoint,
+    verify_checkpoint,
+)
+from distbn_convert.errors import OutputExistsError
+
+from .checkpoints import Net, load, run_cli
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def shards(folder: Path) -> Path:
+    save_file(Net().state_dict(), folder / "whole.safetensors")
+    convert_checkpoint(folder / "whole.safetensors", folder / "shards", 2, max_shard_size=300)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "safetensors"}])
+@pytest.mark.parametrize("linked", [False, True])
+def test_shards_do_not_replace_the_folder_of_the_input(
+    tmp_path: Path, options: dict[str, Any], linked: bool
+) -> None:
+    """All fits in one file, which has the name of the input: no name would be lost."""
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in/model.safetensors"
+    real = tmp_path / "real" if linked else path
+    torch.save(Net().state_dict(), real) if options else save_file(Net().state_dict(), real)
+    if linked:
+        path.symlink_to(real)
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match=r"in holds the input .*model\.safetensors"):
+        convert_checkpoint(
+            path, tmp_path / "in", 2, overwrite=True, max_shard_size="1GB", **options
+        )
+    assert contents(tmp_path) == before
+    assert path.is_symlink() is linked
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_is_gathered_is_not_replaced(tmp_path: Path, dry_run: bool) -> None:
+    paths = [tmp_path / f"rank{rank}.pth" for rank in range(3)]
+    for path in paths:
+        torch.save(Net().state_dict() if path == paths[0] else load(paths[0]), path)
+    (tmp_path / "link").hardlink_to(paths[2])
+    before = contents(tmp_path)
+    for dst in (paths[1], tmp_path / "link"):
+        with pytest.raises(OutputExistsError, match=f"{dst} is the input .*rank"):
+            gather_checkpoints(paths, dst, overwrite=True, dry_run=dry_run)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_a_file_does_not_replace_a_shard_that_it_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    folder = shards(tmp_path)
+    src = folder / "model.safetensors.index.json" if given == "index" else folder
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    before = contents(tmp_path)
+    result = run_cli(capsys, "revert", src, shard, "--format", "safetensors", "--force")
+    assert result.code == 6
+    assert f"Error: {shard} is the input {shard}, which would be lost" in result.err
+    assert contents(tmp_path) == before
+
+
+def test_a_file_does_not_replace_a_piece_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    with warnings.catch_warnings():  # that there is no process group
+        warnings.simplefilter("ignore")
+        dcp.save({"model": Net().state_dict()}, checkpoint_id=tmp_path / "in")
+    before = contents(tmp_path)
+    assert before.keys() == {"in/.metadata", "in/__0_0.distcp"}
+    for name in before:
+        with pytest.raises(OutputExistsError, match="is the input"):
+            convert_checkpoint(tmp_path / "in", tmp_path / name, 2, overwrite=True, format="torch")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_may_be_written_into_the_folder_that_it_is_made_of(
+    tmp_path: Path, exists: bool
+) -> None:
+    """Its temporary name is no change of the input."""
+    folder = shards(tmp_path)
+    before = contents(folder)
+    if exists:
+        (folder / "new.safetensors").write_bytes(b"old")
+    dst = folder / "new.safetensors"
+    revert_checkpoint(folder, dst, format="safetensors", overwrite=True)
+    assert contents(folder).keys() == {*before, "new.safetensors"}
+    assert verify_checkpoint(tmp_path / "whole.safetensors", dst).largest_difference == 0
