@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from distbn_convert.errors import (
     OutputExistsError,
     ReadError,
     RefusedError,
+    VerificationError,
 )
 
 from .checkpoints import (
@@ -511,3 +513,33 @@ def test_a_damaged_member_is_found_by_its_checksum(tmp_path: Path) -> None:
         convert_checkpoint(path, tmp_path / "out", 2, check_input=True)
     with pytest.raises(ReadError, match="checksum"):
         verify_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_survive_and_are_compared(tmp_path: Path) -> None:
+    parts = [torch.randn(3, 2), torch.randn(4, 2)]
+    nested = torch.nested.nested_tensor(parts)
+    path = save(tmp_path, {**bn_state(), "nested": nested})
+    convert_checkpoint(path, tmp_path / "virtual", 2)
+    again = load(tmp_path / "virtual")["nested"].unbind()
+    assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
+    verify_checkpoint(tmp_path / "virtual", path)
+    parts[1][3, 1] += 1
+    other = save(tmp_path, {**bn_state(), "nested": torch.nested.nested_tensor(parts)}, "other")
+    with pytest.raises(VerificationError, match="nested"):
+        verify_checkpoint(path, other)
+
+
+def test_what_is_nested_too_deeply_to_be_saved_is_told(tmp_path: Path) -> None:
+    deep: Any = []
+    for _ in range(3_000):
+        deep = [deep]
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(100_000)
+        path = save(tmp_path, {**bn_state(), "deep": deep})
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(RefusedError, match="nested too deeply"):
+        convert_checkpoint(path, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()

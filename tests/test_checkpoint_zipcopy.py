@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import sys
 import zipfile
 from collections.abc import Callable
@@ -239,8 +241,53 @@ def test_the_state_of_one_mapping_is_not_taken_from_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path.resolve() / "in"
-    entry = "{0:x}000-{1:x}000 rw-p 00000000 fd:00 42 {2}\nSize: 4 kB\nAnonymous: {3} kB\n"
+    entry = (
+        "{0:x}000-{1:x}000 rw-p 00000000 fd:00 42 {2}\nSize: 4 kB\nAnonymous: {3} kB\nSwap: 0 kB\n"
+    )
     entries = [(1, 2, path, 4), (2, 3, "", 0), (3, 4, path, 0), (5, 6, "", 0), (6, 7, "[heap]", 0)]
     (tmp_path / "smaps").write_text("".join(entry.format(*each) for each in entries))
     monkeypatch.setattr("distbn_convert.checkpoint.mapped._MAPS", tmp_path / "smaps")
     assert mapped_parts(path) == [(0x3000, 0x4000, 0)]
+
+
+def test_a_file_of_the_other_byte_order_is_not_altered_where_maps_are_shared(
+    tmp_path: Path,
+) -> None:
+    """Torch turns the bytes round in memory, which a program may have told it to share."""
+    path = tmp_path / "in"
+    torch.save(tree(), tmp_path / "native")
+    with zipfile.ZipFile(tmp_path / "native") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("/byteorder") else old.read(name))
+    before = path.read_bytes()
+    convert_checkpoint(path, tmp_path / "out", 2)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        convert_checkpoint(path, tmp_path / "shared", 2)
+        assert torch.serialization.get_default_mmap_options() == mmap.MAP_SHARED
+    assert path.read_bytes() == before
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "out").read_bytes()
+
+
+def test_a_plan_does_not_keep_the_file_mapped(tmp_path: Path) -> None:
+    torch.save(tree(), tmp_path / "in")
+    gc.collect()
+    gc.disable()
+    try:
+        file = load_torch(tmp_path / "in")
+        storages = zipcopy._storages(file)
+        assert len(mapped_parts(tmp_path / "in")) == 1
+        del file, storages
+        assert mapped_parts(tmp_path / "in") == []
+    finally:
+        gc.enable()
+
+
+def test_pages_that_were_written_to_and_swapped_out_are_not_taken_for_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path.resolve() / "in"
+    entry = f"1000-2000 rw-p 00000000 fd:00 42 {path}\nAnonymous: 0 kB\nSwap: {{}} kB\n"
+    monkeypatch.setattr("distbn_convert.checkpoint.mapped._MAPS", tmp_path / "smaps")
+    for swapped, parts in ((4, []), (0, [(0x1000, 0x2000, 0)])):
+        (tmp_path / "smaps").write_text(entry.format(swapped))
+        assert mapped_parts(path) == parts

@@ -67,7 +67,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    return bool(dense) and type(tensor) in (Tensor, torch.nn.Parameter)
+    return bool(dense) and not tensor.is_nested and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _fits_words(tensor: Tensor) -> bool:
@@ -127,7 +127,7 @@ def _same_keys(parts: Parts, others: Parts) -> bool:
 
 def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
     if isinstance(one, Tensor):
-        if ends and one.numel() > 4 * _END and one.shape == two.shape and _is_plain(one):
+        if ends and _is_plain(one) and one.numel() > 4 * _END and one.shape == two.shape:
             return one.stride() == two.stride() and all(
                 same_bits(*parts) for parts in zip(_ends(one), _ends(two), strict=True)
             )
@@ -143,6 +143,8 @@ def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
 
 
 def _how(one: Any, two: Any) -> str:
+    if isinstance(one, Tensor) and (one.is_nested or two.is_nested):  # these have no shape
+        return "the values differ"
     if isinstance(one, Tensor) and one.shape != two.shape:
         return f"shapes {tuple(one.shape)} and {tuple(two.shape)}"
     if isinstance(one, Tensor) and one.dtype != two.dtype:

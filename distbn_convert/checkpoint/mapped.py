@@ -50,10 +50,13 @@ def mapped_parts(path: Path) -> list[MappedPart]:
 def _unwritten(lines: list[str], name: str) -> Iterator[MappedPart]:
     """Take the mappings of this name of which no page became the process's own."""
     current: MappedPart | None = None
+    own = ""  # pages of the process's own, in memory
     for line in lines:
         entry = _ENTRY.fullmatch(line)
         if entry is not None:
             start, stop, offset = (int(number, 16) for number in entry.groups()[:3])
             current = MappedPart(start, stop, offset) if entry[4] == name else None
-        elif current is not None and line.startswith("Anonymous:") and line.split()[1] == "0":
+        elif current is not None and line.startswith("Anonymous:"):
+            own = line.split()[1]
+        elif current is not None and line.startswith("Swap:") and own == line.split()[1] == "0":
             yield current

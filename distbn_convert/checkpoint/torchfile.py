@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import mmap
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,11 @@ def load_torch(
         result.pickle_module = opaque_pickle()
         options.update(weights_only=False, pickle_module=result.pickle_module)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(extra):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(extra),
+            _mapping_privately(),
+        ):
             warnings.simplefilter("ignore")
             # torch takes *.safetensors for that, whatever is in it, and maps UTF-8 names alone.
             if stored and path.suffix != ".safetensors" and _is_utf8(path):
@@ -99,6 +105,17 @@ def load_torch(
     return result
 
 
+@contextmanager
+def _mapping_privately() -> Iterator[None]:
+    """Share no map, even if torch was told to: it turns bytes round there, and so in the file."""
+    shared = getattr(mmap, "MAP_SHARED", None)  # Windows has none
+    if shared is None or torch.serialization.get_default_mmap_options() != shared:
+        yield
+        return
+    with torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE):
+        yield
+
+
 def save_torch(result: TorchFile, file: Any) -> None:
     """Write ``result.tree``; the same content gives the same bytes, whatever the file's name.
 
@@ -109,6 +126,10 @@ def save_torch(result: TorchFile, file: Any) -> None:
     options = {} if result.pickle_module is None else {"pickle_module": result.pickle_module}
     try:
         torch.save(result.tree, file, pickle_protocol=result.protocol, **options)
+    except RecursionError as error:
+        raise RefusedError(
+            "the checkpoint is nested too deeply to be saved again; save its state dict alone."
+        ) from error
     except Exception as error:
         hidden = _hidden(error)
         if hidden is not None:

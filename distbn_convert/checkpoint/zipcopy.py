@@ -85,7 +85,8 @@ def plan_copy(file: TorchFile) -> Plan | None:
     parts = mapped_parts(file.mapped)
     if not parts:
         return None
-    pieces = _filled(_lay_out(file), _storages(file))
+    layout = _lay_out(file)
+    pieces = _filled(layout, _storages(file)) if layout else None
     if pieces is None:
         return None
     checksums = _checksums(file.mapped)
@@ -110,7 +111,9 @@ def _storages(file: TorchFile) -> list[torch.UntypedStorage]:
             return "storage"
 
     Collector(_Skeleton(), protocol=file.protocol).dump(file.tree)
-    return list(found.values())
+    storages = list(found.values())
+    found.clear()  # which the class keeps, and itself until the garbage is collected
+    return storages
 
 
 class _Skeleton:
