@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 from distbn_convert.checkpoint import (
     convert_checkpoint,
+    gather,
     gather_checkpoints,
     revert_checkpoint,
     verify_checkpoint,
 )
-from distbn_convert.errors import OutputExistsError
+from distbn_convert.errors import OutputExistsError, ReadError
 
 from .checkpoints import Net, load, run_cli
 
@@ -106,3 +107,27 @@ def test_a_file_may_be_written_into_the_folder_that_it_is_made_of(
     revert_checkpoint(folder, dst, format="safetensors", overwrite=True)
     assert contents(folder).keys() == {*before, "new.safetensors"}
     assert verify_checkpoint(tmp_path / "whole.safetensors", dst).largest_difference == 0
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_an_input_that_is_written_while_it_is_gathered_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int
+) -> None:
+    """Whichever of them it is."""
+    torch.manual_seed(0)
+    state = Net().state_dict()
+    paths = [tmp_path / f"rank{rank}.pth" for rank in range(3)]
+    for path in paths:
+        torch.save(state, path)
+    gather_groups = gather.gather_groups
+
+    def meanwhile(*args: Any) -> Any:
+        result = gather_groups(*args)
+        torch.save(state, tmp_path / "new")  # beside it, as to a mapped file that is cut short
+        (tmp_path / "new").replace(paths[changed])
+        return result
+
+    monkeypatch.setattr(gather, "gather_groups", meanwhile)
+    with pytest.raises(ReadError, match=f"rank{changed}.pth changed while it was being read"):
+        gather_checkpoints(paths, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()

@@ -66,6 +66,7 @@ def gather_checkpoints(
         stores = [first]
         for src in srcs[1:]:
             path = as_path(src)
+            job.watch(path)
             stores.append(open_store(path, chosen_options.reading))
             job.keep(stores[-1])
             found = survey(stores[-1], path, chosen_options.selection, "any")

@@ -56,7 +56,8 @@ class Job:
         self.started = time.monotonic()
         self.command, self.options = command, options
         self.src = as_path(src)
-        self.before = _fingerprint(self.src)
+        self._before: dict[Path, tuple[object, ...]] = {}
+        self.watch(self.src)
         self.kind = sniff(self.src)
         index = self.kind is Kind.SHARDED and self.src.is_file()
         self.root = self.src.parent if index else self.src  # what is written anew
@@ -114,6 +115,10 @@ class Job:
             dry_run=options.dry_run,
             elapsed_s=time.monotonic() - self.started,
         )
+
+    def watch(self, path: Path) -> None:
+        """Remember what an input is like before it is opened; it must be the same at the end."""
+        self._before[path] = _fingerprint(path)
 
     def keep(self, store: Store) -> None:
         """Refuse an output that would replace a file of this input, or a folder that holds one.
@@ -208,11 +213,12 @@ class Job:
         return file_info(self.dst, sniff(self.dst).value, options.sha256)
 
     def _check_unchanged(self) -> None:
-        if _fingerprint(self.src) != self.before:
-            raise ReadError(
-                f"{self.src} changed while it was being read. Nothing was written; run this again "
-                "when its writer has finished."
-            )
+        for path, before in self._before.items():
+            if _fingerprint(path) != before:
+                raise ReadError(
+                    f"{path} changed while it was being read. Nothing was written; run this again "
+                    "when its writer has finished."
+                )
 
     @contextmanager
     def _backup(self) -> Iterator[None]:
