@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .checks import (
     check_activation,
@@ -138,7 +139,14 @@ def _is_watched(*tensors: Tensor | None) -> bool:
 _Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def _save(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    forward_mode: bool = True,
+) -> None:
     input, weight, bias, residual = inputs[:4]
     eps, vt_world_size, interleaved, relu = inputs[8:]
     saved: _Saved = input, weight, None, None, mean, rstd
@@ -146,7 +154,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd:
         kept = output if keeps_output(input, residual, relu) else None
         saved = input, weight, bias if kept is None else None, kept, mean, rstd
     ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
+    if forward_mode:
+        ctx.save_for_forward(*saved)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     ctx.settings = eps, vt_world_size, interleaved, relu
@@ -165,7 +174,9 @@ def _differentiate(
     elif decomposed:
         grads = reference.backward(grad_output, *saved, *settings)
     elif (
-        compiling or _is_watched(grad_output, *saved[:2]) or not torch._C._has_storage(grad_output)
+        compiling
+        or _is_watched(grad_output, saved[0], weight)
+        or not torch._C._has_storage(grad_output)
     ):
         # Without memory of its own it is a batch of gradients, which is a Tensor to Python.
         grads = _BACKWARD(grad_output, *saved, *settings)
@@ -233,7 +244,8 @@ class _BatchNorm(torch.autograd.Function):
         inputs = (*arguments[:4], *arguments[4])
         function = _FORWARD if _is_watched(*inputs[:7]) else _batch_norm
         output, mean, rstd = function(*inputs)
-        _save(ctx, inputs, output, mean, rstd)
+        # Outside of dual_level() no tensor has a tangent, and saving for one costs.
+        _save(ctx, inputs, output, mean, rstd, forward_ad._current_level >= 0)
         return output
 
     @staticmethod
