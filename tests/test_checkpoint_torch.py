@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,27 @@ def test_case_25_tied_batch_norms_stay_tied_and_are_stored_once(tmp_path: Path) 
     assert (tmp_path / "v").stat().st_size < (tmp_path / "v1").stat().st_size * 1.1
     revert_checkpoint(tmp_path / "v", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == resaved(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_case_24_keys_and_values_that_are_or_hold_storages_are_the_same_after_saving(
+    tmp_path: Path, legacy: bool
+) -> None:
+    """Such a key equals nothing but itself; torch warns of printing it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of typed storages
+        keys = [torch.arange(3.0).storage(), (torch.ones(2).storage(), 0), torch.zeros(2)]
+        content = {"state": Net().state_dict(), **{key: [key] for key in keys}}
+        torch.save(content, tmp_path / "in", _use_new_zipfile_serialization=not legacy)
+    convert_checkpoint(tmp_path / "in", tmp_path / "virtual", 2)
+    revert_checkpoint(tmp_path / "virtual", tmp_path / "back")
+    assert verify_checkpoint(tmp_path / "back", tmp_path / "in").largest_difference == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = load(tmp_path / "back")
+        assert [type(key) for key in again][1:] == [type(key) for key in keys]
+        assert list(list(again)[1]) == [0, 1, 2]
 
 
 def test_case_26_views_keep_their_storage_and_statistics_leave_it(tmp_path: Path) -> None:

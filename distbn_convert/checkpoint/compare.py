@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import dotted
+from .groups import PLAIN, dotted, key_name
 from .opaque import InertGlobal, InertObject
 
 __all__ = ["differences", "first_difference", "same_bits"]
 
 Path = tuple[Any, ...]
 _END = 4096  # elements
+
+# Have attributes that are not saved: torch notes on a storage that it comes from a legacy file.
+_WHOLE = (Tensor, torch.UntypedStorage, torch.storage.TypedStorage, InertGlobal, type)
 
 Parts = list[tuple[Any, Any]]
 
@@ -112,17 +115,22 @@ def _parts(node: Any) -> Parts | None:
     if isinstance(node, InertObject):
         return [*vars(node).items(), ("type", type(node))]
     parts = list(node.items()) if isinstance(node, dict) else []
-    if isinstance(node, (Tensor, InertGlobal, type)) or not hasattr(node, "__dict__"):
+    if isinstance(node, _WHOLE) or not hasattr(node, "__dict__"):
         return parts if isinstance(node, dict) else None
     return parts + list(vars(node).items())
 
 
 def _same_keys(parts: Parts, others: Parts) -> bool:
-    """Keys that are objects without equality of their own count as the same."""
     return len(parts) == len(others) and all(
-        key == other or (_both_inert(key, other) and first_difference(key, other) is None)
-        for (key, _), (other, _) in zip(parts, others, strict=True)
+        _same_key(key, other) for (key, _), (other, _) in zip(parts, others, strict=True)
     )
+
+
+def _same_key(key: Any, other: Any) -> bool:
+    """Objects that equal nothing but themselves are the same key if they hold the same."""
+    if isinstance(key, PLAIN):
+        return bool(key == other)
+    return first_difference(key, other) is None
 
 
 def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
@@ -153,9 +161,9 @@ def _how(one: Any, two: Any) -> str:
 
 
 def _how_keys_differ(parts: Parts, others: Parts) -> str:
-    first, second = [key for key, _ in parts], [key for key, _ in others]
+    first, second = ({key: None for key, _ in each} for each in (parts, others))
     for names, others_names, which in ((first, second, "first"), (second, first, "second")):
-        only = [str(key) for key in names if key not in others_names]
+        only = [key_name(key) for key in names if key not in others_names]
         if only:
             more = f" and {len(only) - 1} more" if len(only) > 1 else ""
             return f"only the {which} has {only[0]}{more}"

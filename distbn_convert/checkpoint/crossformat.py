@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import RefusedError
 from .edit import Replacements
-from .groups import dotted, find_groups
+from .groups import dotted, find_groups, key_name
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
 from .torchfile import TorchFile
@@ -97,7 +97,7 @@ def _extract(store: TreeStore, state: str | None) -> Mapping[str, Tensor]:
     others = [key for key, value in wanted.items() if not isinstance(value, Tensor)]
     odd = [key for key in wanted if not isinstance(key, str)]
     if others or odd:
-        shown = ", ".join(map(str, (others or odd)[:5]))
+        shown = ", ".join(map(key_name, (others or odd)[:5]))
         more = ", ..." if len(others or odd) > 5 else ""
         raise RefusedError(
             f"safetensors holds tensors by name alone, but {store.path} also has {shown}{more}. "

@@ -8,8 +8,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-__all__ = ["Group", "LookAlike", "Selection", "TensorSpec", "describe", "dotted", "find_groups"]
+__all__ = [
+    "PLAIN",
+    "Group",
+    "LookAlike",
+    "Selection",
+    "TensorSpec",
+    "describe",
+    "dotted",
+    "find_groups",
+    "key_name",
+]
 
+PLAIN = (str, bytes, int, float, complex, type(None))  # equal if they look it
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NAMES = frozenset(("weight", "bias", *STATISTICS))
 
@@ -114,7 +125,13 @@ class Selection:
 
 def dotted(path: Iterable[Any]) -> str:
     """Join the keys of a path with dots."""
-    return ".".join(map(str, path))
+    return ".".join(map(key_name, path))
+
+
+def key_name(key: Any) -> str:
+    """Name a key of a mapping; ``<Tensor>`` where its text may be its data."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return str(key) if all(isinstance(part, PLAIN) for part in parts) else f"<{type(key).__name__}>"
 
 
 def find_groups(

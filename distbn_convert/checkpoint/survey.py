@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import NothingToDoError, ReadError, RefusedError
-from .groups import Group, LookAlike, Selection, describe, find_groups
+from .groups import Group, LookAlike, Selection, describe, find_groups, key_name
 from .report import GroupReport
 from .spread import count_nonfinite, measure_spread
 from .stores import Store
@@ -148,7 +148,7 @@ def _report(
     store: Store, group: Group, action: str, reason: str | None, spread: bool
 ) -> GroupReport:
     report = GroupReport(
-        path=tuple(map(str, group.path)),
+        path=tuple(map(key_name, group.path)),
         prefix=group.prefix,
         channels=group.channels,
         dtype=group.dtype,

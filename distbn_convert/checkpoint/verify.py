@@ -12,7 +12,7 @@ import torch
 from ..errors import ConfigurationError, VerificationError
 from ..replicas import reduce_count, reduce_statistics
 from .compare import differences, same_bits
-from .groups import Group, dotted
+from .groups import Group, dotted, key_name
 from .job import check_checksums, file_info
 from .options import Options
 from .places import StrPath, as_path
@@ -129,7 +129,7 @@ class _Comparison:
         """Return where a key is, without the sub-tree that was asked for; None if outside."""
         state = self.states[number]
         parts = state.split(".") if state is not None else []
-        if list(map(str, path[: len(parts)])) != parts:
+        if list(map(key_name, path[: len(parts)])) != parts:
             return None
         return path[len(parts) :], key
 
