@@ -20,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distbn_convert.checkpoint import convert_checkpoint
+
 ROOT = Path(__file__).parent.parent
 OLD = b"an older output"
 SHARDS = ("1.safetensors", "2.safetensors")
@@ -348,22 +350,14 @@ GUARDED = (
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_while_torch_is_imported(
-    tmp_path: Path, commands: Commands, number: signal.Signals
-) -> None:
+def test_a_signal_while_torch_is_imported(tmp_path: Path, number: signal.Signals) -> None:
+    """It ends the command; one that comes when the output is in its place finds it complete."""
     source = make_source(tmp_path, "torch", megabytes=1)
     before = contents(source)
+    convert_checkpoint(source, tmp_path / "whole", 4)
+    options = ["convert", source, tmp_path / "out", "--vt-world-size", "4"]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            GUARDED,
-            "convert",
-            source,
-            tmp_path / "out",
-            "--vt-world-size",
-            "4",
-        ],
+        [sys.executable, "-c", GUARDED, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -381,4 +375,35 @@ def test_a_signal_while_torch_is_imported(
     assert "Traceback" not in err, told
     assert ended.lines == (ended.status > 0), told
     assert contents(source) == before
-    assert sorted(os.listdir(tmp_path)) == (["in", "out"] if ended.status == 0 else ["in"]), told
+    left = sorted(os.listdir(tmp_path))
+    assert left in (["in", "whole"], ["in", "out", "whole"]), told
+    assert "out" in left or ended.status > 0, told
+    if "out" in left:
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole"), told
+
+
+IMPORTING = (  # a signal to itself in the middle of an import, in code that must not raise
+    "import os, signal, sys; from tests.zygote import STOPPING, command_line\n"
+    "class Finder:\n"
+    "    def find_spec(self, name, *rest):\n"
+    "        if name == 'torch.nn':\n"
+    "            try:\n"
+    "                os.kill(os.getpid(), int(sys.argv.pop())); sum(range(10))\n"
+    "            except BaseException:\n"
+    "                os.abort()\n"
+    "sys.meta_path.insert(0, Finder())\n"
+    "signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)\n"
+    "sys.exit(command_line(sys.argv[1:-1]))"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_waits_until_an_import_is_over(tmp_path: Path, number: signal.Signals) -> None:
+    """Torch's C++ ends the process if its calls into Python raise there."""
+    source = make_source(tmp_path, "torch", megabytes=1)
+    options = ["convert", source, tmp_path / "out", "--vt-world-size", "4", str(int(number))]
+    command = [sys.executable, "-c", IMPORTING, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert (ended.status, ended.lines) == (STATUS[number], 1), ended
+    assert sorted(os.listdir(tmp_path)) == ["in"]

@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -50,12 +51,12 @@ def stop_behind(error: BaseException) -> BaseException:
 def catch_signals() -> None:
     """Turn SIGINT and SIGTERM into exceptions, the first one alone: cleaning up must finish."""
 
-    def stop(number: int, _frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if _ended:
             return
         ignore_signals()
         _stopped_by.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
-        raise _stopped_by[-1]
+        _raise_or_wait(number, frame)
 
     _ended.clear()
     _stopped_by.clear()
@@ -65,16 +66,29 @@ def catch_signals() -> None:
         sys.unraisablehook = _raise_later
 
 
+def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
+    """Raise the signal that came, once nothing is being imported: torch aborts on exceptions there.
+
+    What imported the program itself does not count.
+    """
+    while frame is not None and frame.f_globals.get("__name__") != __package__:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            _wait()
+            return
+        frame = frame.f_back
+    raise _stopped_by[-1]
+
+
 def _raise_later(lost: Any) -> None:
     """Raise a signal again that came where Python cannot raise, such as in a weakref's callback."""
-    if not any(lost.exc_value is stop for stop in _stopped_by):
+    if any(lost.exc_value is stop for stop in _stopped_by):
+        _wait()
+    else:
         sys.__unraisablehook__(lost)
-        return
 
-    def again(_number: int, _frame: Any) -> NoReturn:
-        raise _stopped_by[-1]
 
-    signal.signal(signal.SIGALRM, again)
+def _wait() -> None:
+    signal.signal(signal.SIGALRM, _raise_or_wait)
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
@@ -82,7 +96,7 @@ def ignore_signals() -> None:
     """Ignore SIGINT and SIGTERM from here: what is left to do must finish."""
     _ended.append(True)
     with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
