@@ -13,7 +13,9 @@ from .checksums import checksum_of
 from .flush import start_flushing
 from .places import StrPath, access_error
 
-__all__ = ["ReadBack", "reading_back", "same_bytes_of"]
+__all__ = ["LARGE", "ReadBack", "reading_back", "same_bytes_of"]
+
+LARGE = 1 << 18  # bytes; a part that is smaller is not worth reading back on its own
 
 _CHUNK = 1 << 20  # bytes; two of them stay in the processor's cache
 _REQUEST = 32 << 20  # bytes that the disk is given at once

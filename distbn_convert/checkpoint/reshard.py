@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,6 @@ class _OldFiles:
         folder: what lies beside them, to be carried over; None for a single file.
         replaced: names in the folder that the new files stand for.
         content: of their index.
-        metadata: for each new file.
     """
 
     files: list[tuple[Path, Header]]
@@ -64,13 +64,14 @@ class _OldFiles:
     folder: Path | None = None
     replaced: Collection[str] = ()
     content: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        for _, header in self.files:
-            if header.metadata is not None:
-                metadata = {**header.metadata, **(self.metadata or {})}  # the first file's win
-                object.__setattr__(self, "metadata", metadata)
+    @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """For each new file: what the old ones have, the first one's where they contradict."""
+        if not self.files:
+            return {"format": "pt"}
+        given = [header.metadata for _, header in self.files if header.metadata is not None]
+        return dict(ChainMap(*map(dict, given))) if given else None
 
     @property
     def as_the_package(self) -> bool:
@@ -204,7 +205,7 @@ def write_shards(
 
         new, notes = for_safetensors(store, replacements, state)
         refuse_shared(new)
-        old = _OldFiles([], list(new), metadata={"format": "pt"})
+        old = _OldFiles([], list(new))
     parts = old.parts(new)
     shards = _shards(parts, old, limit)
     writers: dict[str, Writer] = {name: shard.write for name, shard in shards.items()}

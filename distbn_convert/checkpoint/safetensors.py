@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING
 
 from ..errors import RefusedError
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header, lay_out, read_header
 from .places import StrPath
-from .stream import Progress, Sink, Source
+from .stream import Progress, Sink, Source, view_memory
 
 if TYPE_CHECKING:
     import torch
@@ -224,4 +223,4 @@ def write_tensor(sink: Sink, tensor: Tensor) -> None:
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     size = dense.numel() * dense.element_size()
     if size:
-        sink.write(memoryview((ctypes.c_char * size).from_address(dense.data_ptr())).cast("B"))
+        sink.write(view_memory(dense.data_ptr(), size))

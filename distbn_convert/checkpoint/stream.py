@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from .places import StrPath, access_error, find_disk_full
 if TYPE_CHECKING:
     from .readback import ReadBack
 
-__all__ = ["Progress", "Sink", "Source"]
+__all__ = ["Progress", "Sink", "Source", "view_memory"]
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -20,6 +21,11 @@ _BLOCK = 4096  # bytes, of a file system
 _BUFFER = 1 << 20  # bytes; stays in the processor's cache
 _CHUNK = 16 << 20  # bytes copied at once; between two, Ctrl-C is heard and progress told
 _PIECE = 4 << 20  # bytes that Python copies at once; less is not worth the kernel's trouble
+
+
+def view_memory(address: int, length: int) -> memoryview:
+    """View bytes of memory where they are; whoever owns them must stay alive meanwhile."""
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
 class Source:

@@ -15,7 +15,7 @@ from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
 from .groups import Group
-from .readback import ReadBack, reading_back
+from .readback import LARGE, ReadBack, reading_back
 from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
 from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
@@ -23,8 +23,6 @@ from .tree import specs_of, walk_leaves, walk_mappings
 from .zipcopy import plan_copy
 
 __all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
-
-_LARGE = 1 << 18  # bytes; what is smaller is read back at the end
 
 
 class TreeStore:
@@ -167,7 +165,7 @@ class Counted:
     def write(self, data: Any) -> int:
         """Write, then tell."""
         size = self._file.write(data)
-        if self._back is not None and size >= _LARGE:
+        if self._back is not None and size >= LARGE:
             self._file.flush()
             self._back.take_checksum(self._written, size)
         self._written += size

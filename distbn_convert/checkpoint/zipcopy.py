@@ -8,7 +8,6 @@ the checksums from its directory. The new file is the one that ``torch.save`` ma
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import re
@@ -23,7 +22,8 @@ import torch
 
 from .checksums import data_start
 from .mapped import MappedPart, mapped_parts
-from .stream import Sink, Source
+from .readback import LARGE
+from .stream import Sink, Source, view_memory
 from .torchfile import TorchFile, save_torch
 from .zips import reading_zip
 
@@ -34,7 +34,6 @@ _NAME = re.compile(rb"[^/]+/data/(\d+)")
 _ENTRY = struct.Struct("<8xH18xHHH12x")  # of the directory: its flags and three lengths
 _CHECKSUM = struct.Struct("<L")
 _HAS_DESCRIPTOR = 8  # a flag
-_LARGE = 1 << 18  # bytes; what is smaller is read back at the end
 
 
 class _Part(NamedTuple):
@@ -68,7 +67,7 @@ class Plan:
                     sink.write(_bytes_of(piece.storage))
                 else:
                     sink.copy(source, piece.place, piece.place + length)
-                if length >= _LARGE:
+                if length >= LARGE:
                     sink.out.flush()
                     yield start, length
 
@@ -191,8 +190,7 @@ def _find(
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
-    data = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    return memoryview(data).cast("B")
+    return view_memory(storage.data_ptr(), storage.nbytes())
 
 
 def _patched(source: Path, pieces: list[bytes | _Part]) -> Plan | None:

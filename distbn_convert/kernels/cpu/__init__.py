@@ -7,7 +7,7 @@ operators), ``rows.h`` and ``columns.h`` with ``grid.h`` (the two memory layouts
 
 No shape is left to plain torch operations: over ResNet-50's shapes and over small ones (V = 8,
 float32) ``scripts/bench.py`` has them at 3.8 to 5.9 times BatchNorm's time on average, and this
-kernel at 0.5 to 1.0. Within it, constants choose by shape: ``kFewPositions`` the layout's code,
+kernel at 0.4 to 1.0. Within it, constants choose by shape: ``kFewPositions`` the layout's code,
 ``kSerialSize`` one thread, ``kStreamBytes`` stores past the caches.
 """
 
