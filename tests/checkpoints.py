@@ -186,6 +186,12 @@ STYLES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """The bytes of a file, or of each file in a folder and below."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
+
+
 def resaved(path: Path) -> bytes:
     """What torch.load and torch.save alone make of a file, for byte-for-byte comparison."""
     file = io.BytesIO()

@@ -27,7 +27,7 @@ from distbn_convert.checkpoint.sniff import sniff
 from distbn_convert.checkpoint.torchfile import load_torch
 from distbn_convert.errors import FileAccessError, ReadError
 
-from .checkpoints import Net, Result, run_cli
+from .checkpoints import Net, Result, contents, run_cli
 
 # Set it to the seed that a failure tells, to see that failure again.
 SEED = os.environ.get("DISTBN_DAMAGE_SEED")
@@ -135,14 +135,6 @@ def damages(data: bytes, dice: random.Random) -> Iterator[bytes]:
     for kind in KINDS:
         for _ in range(EACH if kind is not flip else 2 * EACH):
             yield kind(data, dice)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def check(result: Result, folder: Path, before: dict[str, bytes], told: str) -> None:

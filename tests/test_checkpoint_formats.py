@@ -33,7 +33,15 @@ from distbn_convert.errors import (
     VerificationError,
 )
 
-from .checkpoints import BATCH_NORMS, Net, load, resaved, torchvision_style, train
+from .checkpoints import (
+    BATCH_NORMS,
+    Net,
+    contents,
+    load,
+    resaved,
+    torchvision_style,
+    train,
+)
 
 KEYS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -43,14 +51,6 @@ def state(width: int = 5) -> dict[str, torch.Tensor]:
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.rand(buffer.shape) * 9 if "num" in name else torch.rand_like(buffer))
     return model.state_dict()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

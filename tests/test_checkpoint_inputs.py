@@ -20,12 +20,7 @@ from distbn_convert.checkpoint import (
 )
 from distbn_convert.errors import OutputExistsError, ReadError
 
-from .checkpoints import Net, load, run_cli
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+from .checkpoints import Net, contents, load, run_cli
 
 
 def shards(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint, revert_checkpoint
 
-from .checkpoints import STYLES, fit_lightning, load, run_accelerate
+from .checkpoints import STYLES, contents, fit_lightning, load, run_accelerate
 
 PUBLISHED = ("tiny", "full")
 
@@ -64,11 +64,6 @@ def read(format: str, path: Path, scratch: Path) -> dict[str, Tensor]:
         dcp_to_torch_save(path, scratch)
         return load(scratch)["model"]  # type: ignore[no-any-return]
     return load(path)  # type: ignore[no-any-return]
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else [entry for entry in path.iterdir() if entry.is_file()]
-    return {"" if path.is_file() else file.name: file.read_bytes() for file in files}
 
 
 @pytest.mark.filterwarnings("ignore:.*no_dist.*:UserWarning", "ignore:torch.distributed is:")

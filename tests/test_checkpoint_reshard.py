@@ -34,7 +34,14 @@ from distbn_convert.errors import (
     VerificationError,
 )
 
-from .checkpoints import BATCH_NORMS, Net, load, run_cli, torchvision_style
+from .checkpoints import (
+    BATCH_NORMS,
+    Net,
+    contents,
+    load,
+    run_cli,
+    torchvision_style,
+)
 
 INDEX = "model.safetensors.index.json"
 LIMIT = 700
@@ -45,14 +52,6 @@ def state(width: int = 40) -> dict[str, Tensor]:
     for buffer in model.buffers():
         buffer.copy_(torch.rand(buffer.shape) * 9)
     return model.state_dict()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def load_all(folder: Path) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from distbn_convert.checkpoint.sharded import (
 )
 from distbn_convert.errors import FileAccessError, OutputExistsError, ReadError, RefusedError
 
+from .checkpoints import contents
+
 BN_KEYS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
 
 
@@ -47,14 +49,6 @@ def save_shards(folder: Path, state: dict[str, Tensor], kind: str, size: int = 1
 
 def virtual(state: dict[str, Tensor], ranks: int = 4) -> dict[str, Tensor]:
     return {key: state[key].expand(ranks, *state[key].shape).contiguous() for key in BN_KEYS}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def load_shard(path: Path) -> dict[str, Tensor]:
