@@ -19,7 +19,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ from tests.resnet import resnet50
 DEVICE, SAMPLES, RANKS, SIDE, STEPS = "cuda", 256, 8, 224, 10
 LAYERS = RESNET50
 COPIED = 256 * 2**20
+# Times of a layer, and which kernels that wait may be chosen for each.
+ENABLED = {
+    "ms": rule.WAITING,
+    "ticketed_ms": frozenset({"ticketed"}),
+    "unaided_ms": frozenset(),
+}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,17 +67,16 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
     """Time those passes of one layer, ours and torch's."""
     channels = x.shape[1]
     weight, bias = (torch.ones(channels, device=DEVICE).requires_grad_() for _ in range(2))
-    rows = torch.zeros(RANKS, channels, device=DEVICE), torch.ones(RANKS, channels, device=DEVICE)
-    plain_rows = rows[0][0].clone(), rows[1][0].clone()
+    means, variances = (torch.ones(RANKS, channels, device=DEVICE) for _ in range(2))
     leaves = x.requires_grad_(), weight, bias
 
     def ours(activation: str | None = None) -> Tensor:
         return dist_batch_norm(
-            x, *rows, weight, bias, vt_world_size=RANKS, activation=activation, impl="op"
+            x, means, variances, weight, bias, vt_world_size=RANKS, activation=activation, impl="op"
         )
 
     def plain() -> Tensor:
-        return F.batch_norm(x, *plain_rows, weight, bias, True)
+        return F.batch_norm(x, means[0], variances[0], weight, bias, True)
 
     def measure() -> dict[str, float]:
         times = dict(zip(("forward", "backward"), time_passes(ours, leaves), strict=True))
@@ -78,24 +84,38 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
             times["relu forward"] = time_forward(lambda: ours("relu"))
         return times
 
-    ms = measure()
+    def choose() -> dict[str, str]:
+        return {name: share.choose(name == "backward").kind for name in ("forward", "backward")}
+
+    share = describe(*arrange(x.detach()), RANKS, False)
+    kinds: list[dict[str, str]] = []
+    times: list[dict[str, float]] = []
+    for enabled in ENABLED.values():
+        with only_enabled(enabled):
+            same = kinds[-1:] == [choose()]
+            times.append(times[-1] if same else measure())
+            kinds.append(choose())
     plain_ms = dict(zip(("forward", "backward"), time_passes(plain, leaves), strict=True))
     if "relu forward" in passes:
         plain_ms["relu forward"] = time_forward(lambda: plain().relu_())
-    share = describe(*arrange(x.detach()), RANKS, False)
-    kinds = {name: share.choose(name == "backward").kind for name in ms}
-    split_ms = with_split_kernels(measure) if "ticketed" in kinds.values() else ms
-    return [
-        {
-            "pass": name,
-            "kernel": kinds[name],
-            "ms": ms[name],
-            "plain_ms": plain_ms[name],
-            "split_ms": split_ms[name],
-            "floor_ms": (3 if name == "backward" else 2) * x.nbytes / bandwidth,
-        }
-        for name in ms
-    ]
+    rows = []
+    for name in times[0]:
+        row: Row = {"pass": name, "plain_ms": plain_ms[name]}
+        for what, kind, ms in zip(ENABLED, kinds, times, strict=True):
+            row |= {what: ms[name], what.replace("ms", "kernel"): kind[name.split()[-1]]}
+        row["floor_ms"] = (3 if name == "backward" else 2) * x.nbytes / bandwidth
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def only_enabled(kinds: frozenset[str]) -> Iterator[None]:
+    """Let the rule choose those of the kernels that wait, and no others."""
+    before, rule.ENABLED = rule.ENABLED, kinds
+    try:
+        yield
+    finally:
+        rule.ENABLED = before
 
 
 def time_forward(function: Callable[[], Tensor]) -> float:
@@ -110,15 +130,6 @@ def time_passes(function: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> t
     upstream = torch.randn_like(output)
     backward = median_ms(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True))
     return forward, backward
-
-
-def with_split_kernels(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Measure with the split kernels in place of the ticketed ones."""
-    before, rule.TICKETED = rule.TICKETED, False
-    try:
-        return measure()
-    finally:
-        rule.TICKETED = before
 
 
 def time_layers(bandwidth: float) -> list[Row]:

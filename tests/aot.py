@@ -61,13 +61,14 @@ class Resources(NamedTuple):
 
 def kernels_of(kind: str, backward: bool) -> list[Any]:
     """The kernels of that kind that run over the whole input."""
-    from distbn_convert.kernels.gpu import loop, resident, split, ticketed
+    from distbn_convert.kernels.gpu import cooperative, loop, resident, split, ticketed
 
     if kind == "split":
         if backward:
             return [split.split_gradients, split.split_backward]
         return [split.split_moments, split.split_forward]
-    module = {"resident": resident, "loop": loop, "ticketed": ticketed}[kind]
+    modules = {"resident": resident, "cooperative": cooperative}
+    module = {**modules, "loop": loop, "ticketed": ticketed}[kind]
     return [getattr(module, f"{kind}_{'backward' if backward else 'forward'}")]
 
 
@@ -88,7 +89,7 @@ def configurations(
     choice = share.choose(backward, residual)
     constants = share.constants(choice, relu)
     members = {field.name: member.value for field, member in members_of(constants["TILE"])}
-    if choice.kind != "resident":
+    if choice.kind not in ("resident", "cooperative"):
         members["DIVISOR"] = bool(members["DIVISOR"])
     key = *members.values(), constants["num_warps"], constants.get("SPLITS"), *given
     kernels = kernels_of(choice.kind, backward)

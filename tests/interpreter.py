@@ -9,6 +9,8 @@ compared with the definition in float64.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +22,16 @@ from distbn_convert import kernels
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import gpu, reference
 from distbn_convert.kernels.gpu import launch
-from distbn_convert.kernels.gpu.ticketed import take_ticket
+from distbn_convert.kernels.gpu.ticketed import take_turn
 
+from .concurrency import concurrent_programs
 from .kernel_cases import (
     CASES,
     Case,
     check,
     check_nan,
     check_underflow,
+    cloned,
     compute,
     force,
     make,
@@ -77,6 +81,12 @@ def check_margins() -> None:
 
 def check_kernel(kind: str) -> None:
     launch.select_kernel = force(kind)
+    # A slab is cut into five pieces at most, whose programs must run together.
+    with concurrent_programs(5) if kind == "cooperative" else nullcontext():
+        check_cases()
+
+
+def check_cases() -> None:
     torch.empty_like = guarded_like
     torch.Tensor.new_empty = guarded_new
     for case in CASES:
@@ -89,8 +99,8 @@ def check_kernel(kind: str) -> None:
 
 
 @triton.jit
-def record_tickets(sync, splits, depth, visits):
-    gathers, slab, piece = take_ticket(sync, splits, depth)
+def record_turns(sync, splits, depth, visits):
+    gathers, slab, piece = take_turn(sync, splits, depth)
     row = visits + 3 * tl.program_id(0)
     tl.store(row, gathers.to(tl.int32))
     tl.store(row + 1, slab)
@@ -102,7 +112,7 @@ def check_schedule() -> None:
     for slabs, splits, depth in ((1, 3, 1), (2, 1, 2), (5, 2, 1), (5, 2, 3), (5, 1, 5), (7, 1, 4)):
         visits = torch.full((2 * slabs * splits, 3), -1, dtype=torch.int32)
         sync = torch.zeros(slabs + 1, dtype=torch.int32)
-        record_tickets[(len(visits),)](sync, splits, depth, visits)
+        record_turns[(len(visits),)](sync, splits, depth, visits)
         rows = [tuple(row) for row in visits.tolist()]
         pieces = {(slab, piece) for slab in range(slabs) for piece in range(splits)}
         for gathers in (0, 1):
@@ -115,6 +125,23 @@ def check_schedule() -> None:
             # What is gathered and not yet applied must fit in L2.
             applied = [row[1] for row in rows[:ticket] if not row[0]]
             assert slab <= max(applied, default=-1) + depth + 1
+
+
+def check_concurrency() -> None:
+    """Programs that wait give the same bits however many run at once, in whatever order."""
+    case = Case((13, 3, 5), vt_world_size=3, relu=True, residual=True, momentum=0.0)
+    for kind, channels_last, rooms in (
+        ("cooperative", False, (4, 5, 30)),
+        ("ticketed", True, (1, 7)),
+    ):
+        launch.select_kernel = force(kind)
+        torch.manual_seed(0)
+        tensors, results = make(replace(case, channels_last=channels_last)), []
+        for room in rooms:
+            with concurrent_programs(room, shuffle=True):
+                results.append(compute(gpu, case, cloned(tensors)))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 def check_operator() -> None:
@@ -149,5 +176,6 @@ def check_operator() -> None:
 
 if __name__ == "__main__":
     checks = {"operator": check_operator, "schedule": check_schedule}
+    checks["concurrency"] = check_concurrency
     name = sys.argv[1]
     checks[name]() if name in checks else check_kernel(name)

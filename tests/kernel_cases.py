@@ -53,7 +53,7 @@ CASES = [
     Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
 ]
 Tensors = dict[str, Any]
-KINDS = ("resident", "loop", "split", "ticketed")
+KINDS = ("resident", "cooperative", "loop", "split", "ticketed")
 
 
 def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
@@ -176,13 +176,16 @@ def force(kind: str) -> Callable[..., Choice]:
     def choose(
         *, channels_last: bool, values: int, channels: int, vt_world_size: int, **_: Any
     ) -> Choice:
-        width = 2 if channels_last and channels > 1 else 1
+        width = 2 if channels_last and channels > 1 and kind != "cooperative" else 1
         rows = 1 << (values - 1).bit_length()
         if kind == "resident":
             return Choice(kind, rows, width, 1)
         rows = max(rows // 4, 8)
         if kind == "loop":
             return Choice(kind, rows, width, 1)
+        if kind == "cooperative":  # pieces that do not fill their tile
+            size = rows - 1 if channels_last else rows
+            return Choice(kind, rows, width, 1, -(-values // size), size)
         depth = min(2, -(-channels // width) * vt_world_size) if kind == "ticketed" else 0
         return Choice(kind, rows, width, 1, -(-values // rows), rows, depth)
 

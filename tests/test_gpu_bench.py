@@ -60,12 +60,21 @@ def test_every_bar_is_measured_and_kept_as_data(
     assert all(("met" in line) != ("MISSED" in line) for line in table[-1:])
 
 
-def test_split_kernels_are_timed_and_put_back(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(bench.rule, "TICKETED", True)
-    bench.with_split_kernels(lambda: seen.append(bench.rule.TICKETED) or {})
-    assert seen == [False]
-    assert bench.rule.TICKETED is True
+def test_kernels_that_wait_are_timed_beside_others_and_put_back(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bench.rule.ENABLED
+    with bench.only_enabled(frozenset({"ticketed"})):
+        assert set(bench.rule.ENABLED) == {"ticketed"}
+    assert bench.rule.ENABLED is before
+    x = torch.randn(64, 2, 64, 64)
+    monkeypatch.setattr(bench, "RANKS", 2)
+    rows = {row["pass"]: row for row in bench.time_layer(x, {"relu forward"}, 1.0)}
+    assert rows.keys() == {"forward", "backward", "relu forward"}
+    for row in rows.values():
+        kernels = row["kernel"], row["ticketed_kernel"], row["unaided_kernel"]
+        assert kernels == ("cooperative", "ticketed", "split")
+        assert len({row["ms"], row["ticketed_ms"], row["unaided_ms"]}) == 3
 
 
 @pytest.mark.slow
@@ -86,13 +95,13 @@ def test_table_says_of_each_bar_whether_it_is_met() -> None:
     table = importlib.import_module("gpu_table")
     rows = [
         {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
-        | {"ms": 1.0, "plain_ms": 2.0, "split_ms": 1.5, "floor_ms": 0.75}
+        | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5, "floor_ms": 0.75}
         for bar in table.BARS
         for count in (50, 3)
     ]
     text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
     lines = text.splitlines()
-    first = "   53.00   79.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
+    first = "   53.00    66.25   79.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
     assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
-    last = "    11.0            10.0    1.10 <= 1.00 MISSED"
+    last = f"    11.0{'':17}    10.0    1.10 <= 1.00 MISSED"
     assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"

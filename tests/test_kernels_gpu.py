@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [*KINDS, "schedule", "operator"])
+@pytest.mark.parametrize("case", [*KINDS, "concurrency", "schedule", "operator"])
 def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.interpreter", case]
@@ -52,6 +52,8 @@ def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.split() == [
+        "cooperative_backward",
+        "cooperative_forward",
         "loop_backward",
         "loop_forward",
         "merge_moments",
@@ -104,24 +106,34 @@ def test_every_kernel_of_resnet50_compiles_without_spills(
             assert "LDG.E.128" in strip_hints(resources.machine_code), what
 
 
-@needs_triton
-@pytest.mark.parametrize("name", ["ticketed_forward", "ticketed_backward"])
-def test_programs_that_wait_for_others_acquire_and_release(name: str) -> None:
-    from distbn_convert.kernels.gpu import ticketed
+def order_of_memory(kernel: Any, described: Any, backward: bool) -> str:
+    """The machine code's accesses of memory and its barriers, repeated ones once."""
+    choice = described.choose(backward)
+    assert kernel.__name__.startswith(choice.kind)
+    code = compile_kernel(kernel, 2, described.constants(choice, False), 90).machine_code
+    names = r"\b(ATOMG|REDG|MEMBAR\.\w+\.GPU|CCTL\.IVALL|BAR\.SYNC|LDG|STG)"
+    return " ".join(key for key, _ in itertools.groupby(re.findall(names, code)))
 
-    described = share(256, 3136, 2, True)
-    constants = described.constants(described.choose(name.endswith("backward")), False)
-    code = compile_kernel(getattr(ticketed, name), 2, constants, 90).machine_code
-    instructions = re.findall(
-        r"\b(ATOMG|REDG|MEMBAR\.\w+\.GPU|CCTL\.IVALL|BAR\.SYNC|LDG|STG)", code
-    )
-    order = " ".join(key for key, _ in itertools.groupby(instructions))
-    # A piece's results, then its arrival, behind a barrier and a fence; L1 is emptied.
-    assert re.search(r"STG BAR.SYNC MEMBAR.\w+.GPU ATOMG CCTL.IVALL BAR.SYNC LDG", order), order
-    # The slab's statistics, then their announcement.
-    assert re.search(r"STG BAR.SYNC MEMBAR.\w+.GPU (REDG|ATOMG) ", order), order
-    # Waiting empties L1 before a barrier lets any thread load.
-    assert re.search(r"(LDG|ATOMG) CCTL.IVALL BAR.SYNC LDG( BAR.SYNC LDG)* STG", order), order
+
+# What a program hands in, then its arrival, behind a barrier and a fence.
+ARRIVAL = r"STG BAR.SYNC MEMBAR.\w+.GPU (REDG|ATOMG) "
+# Waiting empties L1 before a barrier lets any thread load.
+WAIT = r"(LDG|ATOMG) CCTL.IVALL BAR.SYNC LDG( BAR.SYNC LDG)*"
+
+
+@needs_triton
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_programs_that_wait_for_others_acquire_and_release(backward: bool) -> None:
+    from distbn_convert.kernels.gpu import cooperative, ticketed
+
+    kernels = ticketed.ticketed_forward, ticketed.ticketed_backward
+    order = order_of_memory(kernels[backward], share(256, 3136, 2, True), backward)
+    # The last to arrive, whose L1 is emptied, merges, and announces the slab's statistics.
+    assert re.search(ARRIVAL + r"CCTL.IVALL BAR.SYNC LDG.* " + ARRIVAL, order), order
+    assert re.search(WAIT + r" STG", order), order
+    kernels = cooperative.cooperative_forward, cooperative.cooperative_backward
+    order = order_of_memory(kernels[backward], share(256, 3136, 2, False), backward)
+    assert re.search(ARRIVAL + r".*" + WAIT + r".* STG", order), order
 
 
 def strip_hints(machine_code: str) -> str:
@@ -190,20 +202,23 @@ def choose(channels: int, positions: int, **changes: Any) -> Choice:
     [
         ((2048, 49), {"vector": 1}, "resident"),
         ((1024, 196), {}, "resident"),
-        ((512, 784), {}, "resident"),
-        ((512, 784), {"backward": True}, "loop"),
-        ((512, 784), {"vector": 1}, "loop"),
-        ((256, 3136), {}, "loop"),
-        ((64, 12544), {"itemsize": 4, "backward": True}, "loop"),
-        ((16, 12544), {}, "split"),
-        ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "loop"),
+        ((512, 784), {}, "cooperative"),
+        ((512, 784), {"backward": True}, "cooperative"),
+        ((512, 784), {"vector": 1}, "cooperative"),
+        ((256, 3136), {}, "cooperative"),
+        ((64, 12544), {}, "cooperative"),
+        ((64, 12544), {"backward": True}, "ticketed"),
+        ((64, 12544), {"multiprocessors": 14}, "ticketed"),
+        ((16, 12544), {}, "cooperative"),
+        ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "ticketed"),
+        ((256, 3136), {"vt_world_size": 1, "values": 2**25}, "loop"),
+        ((16, 3136), {"vt_world_size": 1, "values": 2**25}, "split"),
         ((2048, 49), {"channels_last": True}, "resident"),
         ((2048, 49), {"channels_last": True, "backward": True}, "loop"),
         ((1024, 196), {"channels_last": True}, "ticketed"),
         ((256, 3136), {"channels_last": True}, "ticketed"),
         ((256, 3136), {"channels_last": True, "backward": True}, "ticketed"),
         ((256, 3136), {"channels_last": True, "vt_world_size": 1, "values": 256 * 3136}, "split"),
-        ((512, 784), {"itemsize": 4, "vector": 4, "residual": True}, "loop"),
         ((64, 12544), {"channels_last": True}, "split"),
         ((512, 1), {"channels_last": True}, "resident"),
     ],
@@ -215,12 +230,31 @@ def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
     assert choose(*layer, **changes).kind == kind
 
 
-def test_one_constant_has_the_split_kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "TICKETED", False)
-    for channels, positions in LAYERS:
-        for backward in (False, True):
-            choice = choose(channels, positions, channels_last=True, backward=backward)
-            assert choice.kind != "ticketed"
+@pytest.mark.parametrize("enabled", [{"ticketed"}, {"cooperative"}, set()], ids=str)
+def test_kernels_that_wait_can_be_left_out(
+    enabled: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "ENABLED", frozenset(enabled))
+    kinds = {
+        choose(channels, positions, channels_last=last, backward=backward).kind
+        for channels, positions in LAYERS
+        for backward in (False, True)
+        for last in (False, True)
+    }
+    assert kinds & rule.WAITING == enabled
+    assert choose(256, 3136).kind == ("".join(enabled) or "loop")
+
+
+def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
+    for multiprocessors in (8, 14, 72, 108, 132):
+        for values in (16384, 25088, 100352, 401408, 802816):
+            for backward in (False, True):
+                choice = choose(
+                    64, 1, values=values, backward=backward, multiprocessors=multiprocessors
+                )
+                if choice.kind == "cooperative":
+                    assert 4 * choice.splits <= multiprocessors
+                    assert choice.registers * choice.warps * 32 * 2 <= 65536  # two on each
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -251,8 +285,12 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                     choice.kind, choice.splits * choice.size
                 )
                 assert covered >= values
-                assert choice.size % choice.rows == 0
-                cut = choice.kind in ("split", "ticketed")
+                if choice.kind == "cooperative":
+                    assert choice.size <= choice.rows
+                    assert choice.size % 8 == 0  # what a thread may move at once
+                else:
+                    assert choice.size % choice.rows == 0
+                cut = choice.kind in ("split", "ticketed", "cooperative")
                 assert not cut or (choice.splits - 1) * choice.size < values
                 if choice.kind == "ticketed":
                     assert 2 <= choice.depth <= -(-channels // choice.channels) * ranks

@@ -90,6 +90,22 @@ def test_results_agree_with_the_definition(
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("enabled", [[], *([kind] for kind in sorted(rule.WAITING))], ids=str)
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES[2:5], ids=str)
+def test_results_agree_whichever_kernels_that_wait_are_left_out(
+    shape: tuple[int, ...],
+    ranks: int,
+    enabled: list[str],
+    channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rule, "ENABLED", frozenset(enabled))
+    case = Case(shape, ranks, channels_last=channels_last, dtype=torch.bfloat16)
+    check(case, make(case, cuda))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_kernel_agrees_with_the_definition(
@@ -149,13 +165,48 @@ def test_a_thousand_repeats_are_the_same_bits(
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("settings", [{}, {"relu": True, "residual": True}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape", "channels_last"),
+    [
+        ("cooperative", (64, 64, 56, 56), False),
+        ("ticketed", (64, 128, 28, 28), True),
+        ("ticketed", (64, 64, 56, 56), False),
+    ],
+    ids=str,
+)
 def test_a_thousand_repeats_of_programs_that_wait_are_the_same_bits(
-    settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    shape: tuple[int, ...],
+    channels_last: bool,
+    settings: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rule, "TICKETED", True)
-    case = Case((64, 128, 28, 28), 8, channels_last=True, dtype=torch.bfloat16, momentum=0.0)
-    assert {choose(case, backward) for backward in (False, True)} == {"ticketed"}
+    monkeypatch.setattr(rule, "ENABLED", frozenset({kind}))
+    case = Case(shape, 8, channels_last=channels_last, dtype=torch.bfloat16, momentum=0.0)
+    assert {choose(case, backward) for backward in (False, True)} == {kind}
     assert repeat(replace(case, **settings)) == 0
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kind", sorted(rule.WAITING))
+def test_launches_that_wait_on_many_streams_at_once_all_end(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "ENABLED", frozenset({kind}))
+    case = Case((32, 8, 112, 112), 2, dtype=torch.bfloat16, momentum=0.0)
+    assert choose(case, False) == kind
+    tensors = make(case, cuda)
+    first = compute(gpu, case, tensors)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    for _ in range(50):
+        results = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(compute(gpu, case, tensors))
+        torch.cuda.synchronize()
+        for result in results:
+            torch.testing.assert_close(result, first, rtol=0, atol=0)
 
 
 def choose(case: Case, backward: bool) -> str:
@@ -186,7 +237,7 @@ def test_work_is_ordered_by_the_current_stream() -> None:
     [
         ((64, 32, 14, 14), False),
         ((16, 64, 112, 112), False),
-        ((8, 8, 112, 112), False),
+        ((256, 8, 112, 112), False),
         ((32, 64, 28, 28), True),
     ],
     ids=str,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cooperative import cooperative_backward, cooperative_forward
 from .loop import loop_backward, loop_forward
 from .resident import resident_backward, resident_forward
-from .rule import Choice, select_kernel
+from .rule import MULTIPROCESSORS, WAITING, Choice, select_kernel
 from .split import (
     merge_moments,
     split_backward,
@@ -29,6 +31,13 @@ _VECTOR_BYTES = 16
 # Offsets of masked rows may pass the end of a share by a tile.
 _NARROW = 2**31 - 2**20
 _MERGE_CHANNELS = 32
+# Kinds of one launch: forward and backward.
+_KERNELS = {
+    "resident": (resident_forward, resident_backward),
+    "cooperative": (cooperative_forward, cooperative_backward),
+    "loop": (loop_forward, loop_backward),
+    "ticketed": (ticketed_forward, ticketed_backward),
+}
 
 
 class Share(NamedTuple):
@@ -41,6 +50,7 @@ class Share(NamedTuple):
     interleaved: bool
     last: bool
     itemsize: int
+    multiprocessors: int = MULTIPROCESSORS
 
     @property
     def values(self) -> int:
@@ -48,7 +58,7 @@ class Share(NamedTuple):
         return -(-self.samples // self.vt_world_size) * self.positions
 
     def choose(self, backward: bool, residual: bool = False) -> Choice:
-        """Ask the rule; ``residual`` is whether the forward adds one."""
+        """Ask the rule; ``residual`` is whether one was added before the ReLU."""
         return select_kernel(
             backward=backward,
             channels_last=self.last,
@@ -58,6 +68,7 @@ class Share(NamedTuple):
             values=self.values,
             vt_world_size=self.vt_world_size,
             residual=residual,
+            multiprocessors=self.multiprocessors,
         )
 
     def scalars(self, choice: Choice) -> dict[str, int]:
@@ -70,10 +81,12 @@ class Share(NamedTuple):
             "remainder": remainder,
             "vt_world_size": self.vt_world_size,
         }
-        if choice.kind in ("split", "ticketed"):
+        if choice.size:
             scalars["size"] = choice.size
-        if choice.kind == "ticketed":
-            scalars |= {"splits": choice.splits, "depth": choice.depth}
+        if choice.kind in WAITING:
+            scalars["splits"] = choice.splits
+        if choice.depth:
+            scalars["depth"] = choice.depth
         return scalars
 
     def wide(self) -> bool:
@@ -100,10 +113,10 @@ class Share(NamedTuple):
             relu=relu,
         )
         constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
-        if choice.kind == "ticketed":
-            # A limit makes the assembler take registers rather than spill for a fourth program on
-            # a multiprocessor; with this one there are at least two.
-            constants |= {"SPLITS": _power_of_two(choice.splits), "maxnreg": 128}
+        if choice.kind in WAITING:
+            constants["SPLITS"] = _power_of_two(choice.splits)
+        if choice.registers:
+            constants["maxnreg"] = choice.registers
         return constants
 
     def merging(self, choice: Choice) -> dict[str, Any]:
@@ -117,9 +130,12 @@ class Share(NamedTuple):
         return -(-self.channels // width) * self.vt_world_size
 
     def grid(self, choice: Choice) -> tuple[int, ...]:
-        """Programs: blocks of channels of every rank, pieces; twice the product of tickets."""
+        """Programs: blocks of channels of every rank, pieces; one axis where tickets are taken."""
         slabs = self.slabs(choice.channels)
-        return (2 * slabs * choice.splits,) if choice.kind == "ticketed" else (slabs, choice.splits)
+        if choice.kind in WAITING:
+            visits = 2 if choice.kind == "ticketed" else 1
+            return (visits * slabs * choice.splits,)
+        return slabs, choice.splits
 
 
 def _power_of_two(number: int) -> int:
@@ -162,14 +178,11 @@ def forward(
                 partials, statistics, choice.splits, **scalars, **share.merging(choice)
             )
             split_forward[grid](x, y, *affine, added, mean, rstd, **scalars, **constants)
-        elif choice.kind == "ticketed":
+        else:
             shared = _shared(mean, share, choice)
-            ticketed_forward[grid](
+            _KERNELS[choice.kind][0][grid](
                 x, y, *affine, added, statistics, *shared, **scalars, **constants
             )
-        else:
-            kernel = resident_forward if choice.kind == "resident" else loop_forward
-            kernel[grid](x, y, *affine, added, statistics, **scalars, **constants)
     return y, mean, rstd
 
 
@@ -195,7 +208,7 @@ def backward(
     dy = _arranged_as(x, grad_output, last)
     out = None if output is None else _arranged_as(x, output, last)
     share = describe(x, last, vt_world_size, interleaved)
-    choice = share.choose(True)
+    choice = share.choose(True, out is not None)
     dx = torch.empty_like(x)
     masked = None if out is None else torch.empty_like(dy)
     # The sign of the output is read where there is one, and computed where there is none.
@@ -213,21 +226,18 @@ def backward(
             split_backward[grid](x, rest, dx, *rows, *sums, **scalars, **constants)
         else:
             sums = mean.new_empty((2, *mean.shape))
-            tensors = x, dy, out, dx, masked, *rows, *sums
-            if choice.kind == "ticketed":
-                shared = _shared(mean, share, choice)
-                ticketed_backward[grid](*tensors, *shared, **scalars, **constants)
-            else:
-                kernel = resident_backward if choice.kind == "resident" else loop_backward
-                kernel[grid](*tensors, **scalars, **constants)
+            tensors = x, dy, out, dx, masked, *rows, *sums, *_shared(mean, share, choice)
+            _KERNELS[choice.kind][1][grid](*tensors, **scalars, **constants)
     return dx, sums, masked
 
 
-def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Return what the programs of a ticketed kernel pass to each other: partials, counters.
+def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:
+    """Return what programs that wait pass to each other: partials and counters; else nothing.
 
     The counters are zeroed on the stream, which a CUDA graph repeats at each replay.
     """
+    if choice.kind not in WAITING:
+        return ()
     partials = mean.new_empty((choice.splits, 2, *mean.shape))
     return partials, mean.new_zeros(share.slabs(choice.channels) + 1, dtype=torch.int32)
 
@@ -259,7 +269,15 @@ def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Sh
         interleaved,
         last,
         x.element_size(),
+        _multiprocessors(x.device),
     )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter's
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _arranged_as(x: Tensor, other: Tensor, last: bool) -> Tensor:

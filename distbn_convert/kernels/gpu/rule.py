@@ -4,31 +4,43 @@ Tuning at run time would repeat the update of the running statistics, stall the 
 break CUDA-graph capture. The limits below come from compiling for sm_90 (registers, no spills);
 the byte limits are estimates for a GPU with 132 multiprocessors and 50 MB of L2.
 
-Large channels_last shares that do not fit in registers can be cut in three launches
-(``"split"``) or in the one of :mod:`.ticketed`, where programs wait for others. By bytes the latter
-wins: its second read comes from L2, so that forward and backward move 2 and 3 tensors instead of 3
-and 5, on 70 % of ResNet-50's bytes. ``TICKETED`` chooses it. It has not run on a device yet, and a
-mistake in it could hang or be seen once in a million steps; what speaks for it all the same is
-that the whole backend stays off until a device has run its tests (:mod:`..gpu`), among them a
-thousand repeats of this kernel, and that split kernels cannot reach the bytes' floor at all.
-``scripts/gpu_bench.py`` times both. Set it to False to have the split kernels everywhere.
+Shares that do not fit in one program's registers can be read twice or thrice in kernels whose
+programs do not wait (``"loop"``, ``"split"``), or in one launch whose programs wait for others:
+held in the registers of several (``"cooperative"``), read once, or, in channels_last, gathered and
+applied some slabs later (``"ticketed"``), the second time from L2. By bytes the latter two win:
+forward and backward move 2 and 3 tensors, where the others move up to 3 and 5, on half to three
+quarters of ResNet-50's bytes. ``ENABLED`` says which of the two may be chosen. They have not run on
+a device yet, and a mistake in them could hang or be seen once in a million steps; what speaks for
+them all the same is that the whole backend stays off until a device has run its tests
+(:mod:`..gpu`), among them a thousand repeats of these kernels, and that the others cannot reach the
+bytes' floor at all. ``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["TICKETED", "Choice", "select_kernel"]
+__all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "select_kernel"]
 
-TICKETED = True
+# Kinds whose programs wait for others, and those of them that may be chosen.
+WAITING = frozenset({"cooperative", "ticketed"})
+ENABLED = WAITING
+# Of the GPU that the limits are for.
+MULTIPROCESSORS = 132
 
 _MAX_WARPS = 16
+# With twice these warps a multiprocessor holds one program, which has nothing to do beside it
+# while its sums are made.
+_HELD_WARPS = 8
+# At most this part of the multiprocessors waits for one program; see :mod:`.cooperative`.
+_WAITING_PART = 4
+# Values; a multiple of what a thread and a cache line of memory hold.
+_ALIGNMENT = 32
 # Fewer programs than this leave multiprocessors idle, so that a share must be cut.
 _ENOUGH_PROGRAMS = 256
 # Shares that are live at once should stay in L2 for the second sweep of a loop (132 programs of
 # 32 warps, or 264 of 16), or between the two visits of a ticketed kernel.
 _L2_BYTES = 26_500_000
-_MULTIPROCESSORS = 132
 # How many programs a launch that cuts shares aims at, and the most pieces that a merge holds.
 _SPLIT_PROGRAMS = 1056
 _MAX_SPLITS = 128
@@ -43,13 +55,16 @@ class Choice(NamedTuple):
     """A kernel and its tile.
 
     Args:
-        kind: ``"resident"``, ``"loop"``, ``"split"`` or ``"ticketed"``.
+        kind: ``"resident"``, ``"cooperative"``, ``"loop"``, ``"ticketed"`` or ``"split"``.
         rows: values of a channel in one tile, a power of two.
         channels: channels in one tile, a power of two; 1 where channels are not adjacent.
         warps: warps of a program.
-        splits: pieces of a share; 1 unless ``"split"`` or ``"ticketed"``.
-        size: rows of a piece, a multiple of ``rows``; 0 where shares are not cut.
+        splits: pieces of a share; 1 where it is not cut.
+        size: rows of a piece, 0 where shares are not cut; a multiple of ``rows``, or at most that
+            for ``"cooperative"``, whose pieces are one tile.
         depth: slabs between the two visits of a ``"ticketed"`` kernel, else 0.
+        registers: the most of a thread, so that enough programs fit on a multiprocessor; 0 for no
+            limit.
     """
 
     kind: str
@@ -59,6 +74,7 @@ class Choice(NamedTuple):
     splits: int = 1
     size: int = 0
     depth: int = 0
+    registers: int = 0
 
 
 def select_kernel(
@@ -71,6 +87,7 @@ def select_kernel(
     values: int,
     vt_world_size: int,
     residual: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Choice:
     """Choose the kernel of a share.
 
@@ -82,15 +99,23 @@ def select_kernel(
         channels: C.
         values: values of one channel of the largest share, ``ceil(N / V) * S``.
         vt_world_size: number of virtual ranks V.
-        residual: whether the forward adds one, which takes registers. Default: False
+        residual: whether one was added before the ReLU, which takes registers. Default: False
+        multiprocessors: of the device, for programs that wait. Default: 132
     """
     rows = _power_of_two(values)
     widths = _channel_widths(channels, itemsize) if channels_last else [1]
     held = _resident_values(backward, residual, channels_last, itemsize, vector)
-    limit = held * 32 * _MAX_WARPS
+    # Where others can take the larger shares, two programs or more fit on a multiprocessor.
+    warps = _HELD_WARPS if ENABLED and not channels_last else _MAX_WARPS
     for width in widths:
-        if rows * width <= limit:
+        if rows * width <= held * 32 * warps:
             return Choice("resident", rows, width, _resident_warps(rows * width, backward))
+    if not channels_last:
+        waiting = _cooperative(
+            values, held, itemsize, vector, backward, residual, multiprocessors
+        ) or _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
+        if waiting is not None:
+            return waiting
     width = widths[-1] if len(widths) < 3 else widths[1]
     programs = -(-channels // width) * vt_world_size
     share = values * width * itemsize * (2 if backward else 1)
@@ -99,7 +124,7 @@ def select_kernel(
             return Choice("loop", _tile(16, width, 16), width, 16)
         warps = 16 if _fits_l2(share, 2) else 32
         return Choice("loop", _tile(warps, width, 8), width, warps)
-    if channels_last and TICKETED:
+    if channels_last:
         ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
         if ticketed is not None:
             return ticketed
@@ -109,6 +134,32 @@ def select_kernel(
     tile = _piece_tile(width, itemsize)
     size = -(-values // (wanted * tile)) * tile
     return Choice("split", tile, width, 8, -(-values // size), size)
+
+
+def _cooperative(
+    values: int,
+    held: int,
+    itemsize: int,
+    vector: int,
+    backward: bool,
+    residual: bool,
+    multiprocessors: int,
+) -> Choice | None:
+    """Choose the smallest pieces of which few enough make a share, or none."""
+    if "cooperative" not in ENABLED:
+        return None
+    for each in range(32, held + 1, 32):
+        pieces = -(-values // (each * 32 * _HELD_WARPS))
+        size = -(-values // (pieces * _ALIGNMENT)) * _ALIGNMENT
+        splits = -(-values // size)
+        if splits <= multiprocessors // _WAITING_PART:
+            # Four or three programs on a multiprocessor, of wider values two: as many bytes.
+            registers = 80 if backward else 64
+            if each > 32 or vector == 1 or (itemsize == 4 and (backward or residual)):
+                registers = 128
+            rows = _power_of_two(size)
+            return Choice("cooperative", rows, 1, _HELD_WARPS, splits, size, 0, registers)
+    return None
 
 
 def _ticketed(
@@ -121,19 +172,23 @@ def _ticketed(
 ) -> Choice | None:
     """Choose the widest slabs of which at least two stay in L2, or none.
 
+    Slabs of one channel are small; more of them fill the device.
+
     A slab is gathered ``2 * depth - 1`` phases before it is applied; half as many pieces again as
     fill the device in that time keep the wait from being felt.
     """
+    if "ticketed" not in ENABLED:
+        return None
     for width in widths:
         slab = values * width * itemsize * (2 if backward else 1)
         slabs = -(-channels // width) * vt_world_size
-        depth = min(_L2_BYTES // slab, _MAX_DEPTH, slabs)
-        if depth < 2 or width * itemsize < min(64, channels * itemsize):
+        depth = min(_L2_BYTES // slab, _MAX_DEPTH if width > 1 else 4 * _MAX_DEPTH, slabs)
+        if depth < 2 or 1 < width < min(64 // itemsize, channels):
             continue
         tile = _piece_tile(width, itemsize)
         wanted = min(-(-3 * _LIVE_PROGRAMS // (4 * depth - 2)), _MAX_SPLITS)
         size = max(-(-values // (wanted * tile)), _PIECE_TILES) * tile
-        return Choice("ticketed", tile, width, 8, -(-values // size), size, depth)
+        return Choice("ticketed", tile, width, 8, -(-values // size), size, depth, 128)
     return None
 
 
@@ -170,7 +225,7 @@ def _resident_warps(values: int, backward: bool) -> int:
 
 def _fits_l2(share: int, programs: int) -> bool:
     """Say whether shares stay in L2 with that many programs on each multiprocessor."""
-    return share * _MULTIPROCESSORS * programs <= _L2_BYTES
+    return share * MULTIPROCESSORS * programs <= _L2_BYTES
 
 
 def _piece_tile(width: int, itemsize: int) -> int:

@@ -10,20 +10,6 @@ other work between a slab's statistics and the wait for them.
 Why no program waits forever: one waits only for statistics whose tickets come before its own. A
 ticket is taken by a program that runs already, and one that gathers never waits, so that those
 all end, however few programs run at once. The order of ``program_id`` is not relied upon.
-
-Why what is read is what was written: ``sync`` holds one counter for each slab.
-
-1. A gathering program stores its partial results; ``debug_barrier`` orders the stores of all its
-   threads before the one thread that counts the piece as arrived (``acq_rel``, gpu scope).
-2. The last to arrive has read the counts of all others with its own, which acquires what they
-   released; it reads their partials, merges them in the order of the pieces, whoever it is, so that
-   the bits repeat, stores the result and counts once more (``release``).
-3. An applying program reads the counter (``acquire``) until that last count is there. Its
-   barrier orders the loads of all its threads behind it. Release and acquire are cumulative, so
-   that it also sees what the gathering programs stored for it (``grad_residual``).
-
-An acquire is what invalidates L1 (``CCTL.IVALL`` in the machine code); the few numbers that other
-programs have stored are loaded past it in any case (``.cg``).
 """
 
 from __future__ import annotations
@@ -34,20 +20,20 @@ import triton.language as tl
 from .split import merge_pieces, piece_of, store_partials, sum_pieces
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
 from .tiles import finish, load_affine, load_row, locate
+from .waiting import announce, arrive, await_count, take_ticket
 
 __all__ = ["ticketed_backward", "ticketed_forward"]
 
 
 @triton.jit
-def take_ticket(sync, splits, depth):
+def take_turn(sync, splits, depth):
     """Return whether to gather, which slab and which of its pieces.
 
     Phases of ``splits`` tickets: gather slabs 0 to ``depth - 1``, then apply one and gather one
     in turn, then apply the last ``depth``.
     """
     slabs = tl.num_programs(0) // (2 * splits)
-    # No order is needed beyond that of this one counter.
-    ticket = tl.atomic_add(sync + slabs, 1, sem="relaxed")
+    ticket = take_ticket(sync, slabs)
     phase = ticket // splits
     after = tl.maximum(phase - depth, 0)
     paired = after < 2 * (slabs - depth)
@@ -55,28 +41,6 @@ def take_ticket(sync, splits, depth):
     slab = tl.where(paired, after // 2, after - (slabs - depth))
     slab = tl.where(gathers, tl.where(phase < depth, phase, depth + after // 2), slab)
     return gathers, slab, ticket - phase * splits
-
-
-@triton.jit
-def arrive(counter):
-    """Count this program's piece as stored; return how many were before it."""
-    tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-
-
-@triton.jit
-def announce(counter):
-    """Say that the slab's statistics are stored."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def await_statistics(counter, splits):
-    """Wait until the slab's statistics are stored."""
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") <= splits:
-        pass
-    tl.debug_barrier()
 
 
 @triton.jit(
@@ -105,7 +69,7 @@ def ticketed_forward(
     TILE: tl.constexpr,
 ):
     """Normalise: one program gathers moments of a piece, another normalises it."""
-    gathers, slab, split = take_ticket(sync, splits, depth)
+    gathers, slab, split = take_turn(sync, splits, depth)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
     counter = sync + slab
@@ -117,7 +81,7 @@ def ticketed_forward(
             finish(mean, m2, block, statistics)
             announce(counter)
     else:
-        await_statistics(counter, splits)
+        await_count(counter, splits + 1)
         mean, rstd = load_row(statistics.mean, block), load_row(statistics.rstd, block)
         affine = load_affine(weight, bias, mean, rstd, block)
         normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
@@ -154,7 +118,7 @@ def ticketed_backward(
     TILE: tl.constexpr,
 ):
     """Differentiate: one program gathers the sums of a piece, another writes its gradient."""
-    gathers, slab, split = take_ticket(sync, splits, depth)
+    gathers, slab, split = take_turn(sync, splits, depth)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
     counter = sync + slab
@@ -171,7 +135,7 @@ def ticketed_backward(
             tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
             announce(counter)
     else:
-        await_statistics(counter, splits)
+        await_count(counter, splits + 1)
         rstd = load_row(rstd_in, block)
         affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
         count = tl.maximum(block.total, 1).to(tl.float32)

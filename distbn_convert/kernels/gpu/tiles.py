@@ -23,6 +23,7 @@ __all__ = [
     "Statistics",
     "Tile",
     "finish",
+    "lane_offset",
     "load_affine",
     "load_row",
     "locate",
@@ -30,6 +31,8 @@ __all__ = [
     "merge_lanes",
     "place",
     "rectify",
+    "row_offset",
+    "rstd_of",
     "transform",
 ]
 
@@ -147,27 +150,43 @@ def locate(program, channels, positions, quotient, remainder, vt_world_size, TIL
 
 
 @triton.jit
-def place(row, stop, block, TILE: tl.constexpr):
-    """Return offsets from ``block.start``, and mask, ``[ROWS, CHANNELS]``, of a tile."""
-    rows = row + tl.arange(0, TILE.ROWS)
-    lanes = block.lanes
-    mask = (rows < stop)[:, None] & block.valid[None, :]
+def row_offset(rows, block, TILE: tl.constexpr):
+    """Return the offset of one or more rows from ``block.start``."""
+    channels = block.channels
     if TILE.WIDE:
-        rows = rows.to(tl.int64)
-        lanes = lanes.to(tl.int64)
+        channels = channels.to(tl.int64)
     if TILE.DIVISOR == 0:
-        offsets = (rows * block.channels)[:, None] + lanes[None, :]
+        offset = rows * channels
     else:
         sample = rows // TILE.DIVISOR
         position = rows - sample * TILE.DIVISOR
         if TILE.INTERLEAVED:
             sample = sample * block.vt_world_size
         if TILE.LAST:
-            offsets = ((sample * TILE.DIVISOR + position) * block.channels)[:, None]
-            offsets = offsets + lanes[None, :]
+            offset = (sample * TILE.DIVISOR + position) * channels
         else:
-            offsets = (sample * block.channels * TILE.DIVISOR + position)[:, None]
-            offsets = offsets + (lanes * TILE.DIVISOR)[None, :]
+            offset = sample * channels * TILE.DIVISOR + position
+    return offset
+
+
+@triton.jit
+def lane_offset(block, TILE: tl.constexpr):
+    """Return the offsets of the channels within a row ``[CHANNELS]``."""
+    lanes = block.lanes
+    if TILE.WIDE:
+        lanes = lanes.to(tl.int64)
+    if not TILE.LAST:
+        lanes = lanes * TILE.DIVISOR
+    return lanes
+
+
+@triton.jit
+def place(row, stop, block, TILE: tl.constexpr):
+    """Return offsets from ``block.start``, and mask, ``[ROWS, CHANNELS]``, of a tile."""
+    rows = row + tl.arange(0, TILE.ROWS)
+    mask = (rows < stop)[:, None] & block.valid[None, :]
+    offsets = row_offset(rows, block, TILE)[:, None] + lane_offset(block, TILE)[None, :]
+    # Such hints stay only with what is computed in the same function.
     if TILE.LAST:
         offsets = tl.multiple_of(tl.max_contiguous(offsets, (1, TILE.VECTOR)), (1, TILE.VECTOR))
         mask = tl.max_constancy(mask, (1, TILE.VECTOR))
@@ -191,11 +210,17 @@ def merge_lanes(mean, m2, count):
 
 
 @triton.jit
-def finish(mean, m2, block, statistics):
-    """Store a rank's mean and rstd, move its running statistics, return rstd."""
+def rstd_of(m2, block, statistics):
+    """Return a rank's ``1 / sqrt(var + eps)``."""
     # div_rn and sqrt_rn round as IEEE does; the operators are approximate on the device.
     var = tl.div_rn(m2, tl.maximum(block.total, 1).to(tl.float32))
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + statistics.eps))
+    return tl.div_rn(1.0, tl.sqrt_rn(var + statistics.eps))
+
+
+@triton.jit
+def finish(mean, m2, block, statistics):
+    """Store a rank's mean and rstd, move its running statistics, return rstd."""
+    rstd = rstd_of(m2, block, statistics)
     tl.store(statistics.mean + block.cells, mean, mask=block.valid)
     tl.store(statistics.rstd + block.cells, rstd, mask=block.valid)
     if statistics.running_mean is not None:

@@ -1,0 +1,138 @@
+"""Kernels that hold a rank's share of a channel in the registers of several programs: one read.
+
+For shares that do not fit in one program. Each of a slab's ``splits`` programs holds one piece,
+hands in its partial results, waits for those of the others, merges them all, and finishes its piece
+from registers, so that nothing is read twice, from L2 neither. That each merges what only one
+need to costs less than to wait for that one. See :mod:`.waiting` for the order of memory.
+
+Why no program waits forever: tickets are dealt slab by slab, and taken by programs that run. Let
+``k`` be the first slab with a piece not yet taken: the pieces of those before it are all held by
+programs that run, so that those finish, and none of those behind it is taken. So at most
+``splits - 1`` programs wait for one that does not run, and it starts as soon as the device has room
+for ``splits`` at once. The rule keeps ``splits`` to a quarter of the multiprocessors, so that a few
+such launches may run at once, on several streams: those that wait do not fill the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .held import differentiate_tile, load_gradients, load_moments, normalize_tile
+from .split import merge_pieces, piece_of, store_partials, sum_pieces
+from .tiles import finish, load_affine, load_row, locate, rstd_of
+from .waiting import announce, await_count, take_ticket
+
+__all__ = ["cooperative_backward", "cooperative_forward"]
+
+
+@triton.jit
+def take_piece(sync, splits):
+    """Return a slab and which of its pieces."""
+    ticket = take_ticket(sync, tl.num_programs(0) // splits)
+    return ticket // splits, ticket % splits
+
+
+@triton.jit
+def exchange(partials, first, second, sync, slab, splits, split, begin, stop, block):
+    """Store this piece's results, wait for all others'; return ``begin`` and ``stop`` unchanged.
+
+    To the compiler they may have changed, so that it computes offsets and masks again, where it
+    would keep them in registers beside the tile: one more program fits on a multiprocessor.
+    """
+    store_partials(partials, first, second, split, block)
+    announce(sync + slab)
+    zero = await_count(sync + slab, splits) >> 30
+    return begin + zero, stop + zero
+
+
+@triton.jit
+def detach(lane):
+    """Return ``lane`` ``[1]`` by way of a scalar, which has no layout for the tile to take on."""
+    return tl.sum(lane, 0) + tl.zeros([1], tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size", "splits"]
+)
+def cooperative_forward(
+    x,  # [N, C, S] in either layout
+    y,  # as x
+    weight,  # [C] or None
+    bias,  # [C] or None
+    residual,  # as x, or None
+    statistics,
+    partials,  # [splits, 2, V, C] float32: mean and sum of squared deviations
+    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    size,  # rows of a piece, at most TILE.ROWS
+    splits,
+    channels,
+    positions,
+    quotient,
+    remainder,
+    vt_world_size,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Normalise, with exact two-pass statistics of each piece."""
+    slab, split = take_piece(sync, splits)
+    block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    tile, mean, m2 = load_moments(x, begin, stop, block, TILE)
+    begin, stop = exchange(partials, mean, m2, sync, slab, splits, split, begin, stop, block)
+    mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
+    if split == 0:
+        finish(mean, m2, block, statistics)
+    rstd = rstd_of(detach(m2), block, statistics)
+    affine = load_affine(weight, bias, detach(mean), rstd, block)
+    normalize_tile(tile, y, residual, affine, begin, stop, block, TILE)
+
+
+@triton.jit(
+    do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size", "splits"]
+)
+def cooperative_backward(
+    x,  # [N, C, S] in either layout
+    dy,  # as x
+    output,  # as x, or None: not to be masked, or by what TILE.RELU computes
+    dx,  # as x
+    grad_residual,  # as x, written if there is an output
+    weight,  # [C] or None
+    bias,  # [C] or None, read for TILE.RELU
+    mean_in,  # [V, C] float32
+    rstd_in,  # [V, C] float32
+    sum_dy_out,  # [V, C] float32: each rank's share of dbias
+    sum_dy_x_out,  # [V, C] float32: and of dweight
+    partials,  # [splits, 2, V, C] float32: the two sums of each piece
+    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    size,  # rows of a piece, at most TILE.ROWS
+    splits,
+    channels,
+    positions,
+    quotient,
+    remainder,
+    vt_world_size,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Differentiate: input and upstream gradient are each read once."""
+    slab, split = take_piece(sync, splits)
+    block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
+    begin, stop = piece_of(split, size, block)
+    rstd = load_row(rstd_in, block)
+    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    tile, grad, sum_dy, sum_dy_x = load_gradients(
+        x, dy, output, grad_residual, affine, begin, stop, block, TILE
+    )
+    sum_dy_x *= rstd
+    begin, stop = exchange(
+        partials, sum_dy, sum_dy_x, sync, slab, splits, split, begin, stop, block
+    )
+    sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
+    if split == 0:
+        tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
+        tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+    count = tl.maximum(block.total, 1).to(tl.float32)
+    mean_dy = tl.div_rn(detach(sum_dy), count)
+    slope = tl.div_rn(detach(sum_dy_x), count) * rstd
+    differentiate_tile(tile, grad, dx, affine, mean_dy, slope, begin, stop, block, TILE)
