@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -61,14 +62,11 @@ class Resources(NamedTuple):
 
 def kernels_of(kind: str, backward: bool) -> list[Any]:
     """The kernels of that kind that run over the whole input."""
-    from distbn_convert.kernels.gpu import cooperative, loop, resident, split, ticketed
-
+    module = importlib.import_module(f"distbn_convert.kernels.gpu.{kind}")
     if kind == "split":
         if backward:
-            return [split.split_gradients, split.split_backward]
-        return [split.split_moments, split.split_forward]
-    modules = {"resident": resident, "cooperative": cooperative}
-    module = {**modules, "loop": loop, "ticketed": ticketed}[kind]
+            return [module.split_gradients, module.split_backward]
+        return [module.split_moments, module.split_forward]
     return [getattr(module, f"{kind}_{'backward' if backward else 'forward'}")]
 
 

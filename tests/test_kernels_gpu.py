@@ -209,6 +209,9 @@ def choose(channels: int, positions: int, **changes: Any) -> Choice:
         ((64, 12544), {}, "cooperative"),
         ((64, 12544), {"backward": True}, "ticketed"),
         ((64, 12544), {"multiprocessors": 14}, "ticketed"),
+        ((64, 12544), {"itemsize": 4, "vector": 4}, "cooperative"),
+        ((64, 12544), {"itemsize": 4, "vector": 4, "residual": True}, "ticketed"),
+        ((64, 12544), {"itemsize": 4, "vector": 4, "backward": True}, "ticketed"),
         ((16, 12544), {}, "cooperative"),
         ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "ticketed"),
         ((256, 3136), {"vt_world_size": 1, "values": 2**25}, "loop"),
@@ -246,15 +249,18 @@ def test_kernels_that_wait_can_be_left_out(
 
 
 def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
-    for multiprocessors in (8, 14, 72, 108, 132):
+    for multiprocessors, most in ((4, 0), (8, 2), (14, 2), (72, 13), (108, 25), (132, 25)):
+        pieces = [0]
         for values in (16384, 25088, 100352, 401408, 802816):
             for backward in (False, True):
                 choice = choose(
                     64, 1, values=values, backward=backward, multiprocessors=multiprocessors
                 )
                 if choice.kind == "cooperative":
+                    pieces.append(choice.splits)
                     assert 4 * choice.splits <= multiprocessors
                     assert choice.registers * choice.warps * 32 * 2 <= 65536  # two on each
+        assert max(pieces) == most
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

@@ -1,9 +1,10 @@
 """Kernels that hold a rank's share of a channel in the registers of several programs: one read.
 
-For shares that do not fit in one program. Each of a slab's ``splits`` programs holds one piece,
-hands in its partial results, waits for those of the others, merges them all, and finishes its piece
-from registers, so that nothing is read twice, from L2 neither. That each merges what only one
-need to costs less than to wait for that one. See :mod:`.waiting` for the order of memory.
+For shares that do not fit in one program; one channel at a time (``TILE.CHANNELS`` is 1). Each of a
+slab's ``splits`` programs holds one piece, hands in its partial results, waits for those of the
+others, merges them all, and finishes its piece from registers, so that nothing is read twice, not
+even from L2. That each merges what only one need to costs less than to wait for that one. See
+:mod:`.waiting` for the order of memory.
 
 Why no program waits forever: tickets are dealt slab by slab, and taken by programs that run. Let
 ``k`` be the first slab with a piece not yet taken: the pieces of those before it are all held by
@@ -19,8 +20,16 @@ import triton
 import triton.language as tl
 
 from .held import differentiate_tile, load_gradients, load_moments, normalize_tile
-from .split import merge_pieces, piece_of, store_partials, sum_pieces
-from .tiles import finish, load_affine, load_row, locate, rstd_of
+from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
+from .tiles import (
+    corrections,
+    finish,
+    load_affine,
+    load_saved,
+    locate,
+    rstd_of,
+    store_sums,
+)
 from .waiting import announce, await_count, take_ticket
 
 __all__ = ["cooperative_backward", "cooperative_forward"]
@@ -119,8 +128,7 @@ def cooperative_backward(
     slab, split = take_piece(sync, splits)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    rstd = load_row(rstd_in, block)
-    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
     tile, grad, sum_dy, sum_dy_x = load_gradients(
         x, dy, output, grad_residual, affine, begin, stop, block, TILE
     )
@@ -130,9 +138,6 @@ def cooperative_backward(
     )
     sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
     if split == 0:
-        tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
-        tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
-    count = tl.maximum(block.total, 1).to(tl.float32)
-    mean_dy = tl.div_rn(detach(sum_dy), count)
-    slope = tl.div_rn(detach(sum_dy_x), count) * rstd
+        store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
+    mean_dy, slope = corrections(detach(sum_dy), detach(sum_dy_x), rstd, block)
     differentiate_tile(tile, grad, dx, affine, mean_dy, slope, begin, stop, block, TILE)

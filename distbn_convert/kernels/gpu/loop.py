@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import finish, load_affine, load_row, locate
+from .tiles import corrections, finish, load_affine, load_saved, locate, store_sums
 
 __all__ = ["loop_backward", "loop_forward"]
 
@@ -62,17 +62,13 @@ def loop_backward(
     """Differentiate :func:`loop_forward`."""
     program = tl.program_id(0)
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
-    rstd = load_row(rstd_in, block)
-    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
     sum_dy, sum_dy_x = lane_gradients(
         x, dy, output, grad_residual, affine, 0, block.total, block, TILE
     )
     sum_dy_x *= rstd
-    tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
-    tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
-    count = tl.maximum(block.total, 1).to(tl.float32)
-    mean_dy = tl.div_rn(sum_dy, count)
-    slope = tl.div_rn(sum_dy_x, count) * rstd
+    store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
+    mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
     if output is not None:
         # What is read below may have been written by another thread of this program.
         tl.debug_barrier()

@@ -29,8 +29,8 @@ ENABLED = WAITING
 MULTIPROCESSORS = 132
 
 _MAX_WARPS = 16
-# With twice these warps a multiprocessor holds one program, which has nothing to do beside it
-# while its sums are made.
+# A program that holds the values of twice these warps has a multiprocessor to itself, so that
+# nothing is moved there while it makes its sums.
 _HELD_WARPS = 8
 # At most this part of the multiprocessors waits for one program; see :mod:`.cooperative`.
 _WAITING_PART = 4
@@ -110,30 +110,12 @@ def select_kernel(
     for width in widths:
         if rows * width <= held * 32 * warps:
             return Choice("resident", rows, width, _resident_warps(rows * width, backward))
-    if not channels_last:
-        waiting = _cooperative(
-            values, held, itemsize, vector, backward, residual, multiprocessors
-        ) or _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
-        if waiting is not None:
-            return waiting
-    width = widths[-1] if len(widths) < 3 else widths[1]
-    programs = -(-channels // width) * vt_world_size
-    share = values * width * itemsize * (2 if backward else 1)
-    if programs >= _ENOUGH_PROGRAMS and (not channels_last or _fits_l2(share, 1)):
-        if channels_last:
-            return Choice("loop", _tile(16, width, 16), width, 16)
-        warps = 16 if _fits_l2(share, 2) else 32
-        return Choice("loop", _tile(warps, width, 8), width, warps)
+    loop = _loop(widths, values, itemsize, backward, channels_last, channels, vt_world_size)
+    ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
     if channels_last:
-        ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
-        if ticketed is not None:
-            return ticketed
-    width = widths[0]
-    programs = -(-channels // width) * vt_world_size
-    wanted = min(-(-_SPLIT_PROGRAMS // programs), _MAX_SPLITS)
-    tile = _piece_tile(width, itemsize)
-    size = -(-values // (wanted * tile)) * tile
-    return Choice("split", tile, width, 8, -(-values // size), size)
+        return loop or ticketed or _split(widths[0], values, itemsize, channels, vt_world_size)
+    cooperative = _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
+    return cooperative or ticketed or loop or _split(1, values, itemsize, channels, vt_world_size)
 
 
 def _cooperative(
@@ -172,10 +154,9 @@ def _ticketed(
 ) -> Choice | None:
     """Choose the widest slabs of which at least two stay in L2, or none.
 
-    Slabs of one channel are small; more of them fill the device.
-
     A slab is gathered ``2 * depth - 1`` phases before it is applied; half as many pieces again as
-    fill the device in that time keep the wait from being felt.
+    fill the device in that time keep the wait from being felt. Slabs of one channel are small, so
+    that it takes more of them.
     """
     if "ticketed" not in ENABLED:
         return None
@@ -190,6 +171,38 @@ def _ticketed(
         size = max(-(-values // (wanted * tile)), _PIECE_TILES) * tile
         return Choice("ticketed", tile, width, 8, -(-values // size), size, depth, 128)
     return None
+
+
+def _loop(
+    widths: list[int],
+    values: int,
+    itemsize: int,
+    backward: bool,
+    channels_last: bool,
+    channels: int,
+    vt_world_size: int,
+) -> Choice | None:
+    """Choose a program for each share if those fill the device, or none.
+
+    In channels_last only if their shares stay in L2, as others there find theirs in it.
+    """
+    width = widths[-1] if len(widths) < 3 else widths[1]
+    if -(-channels // width) * vt_world_size < _ENOUGH_PROGRAMS:
+        return None
+    share = values * width * itemsize * (2 if backward else 1)
+    if channels_last:
+        return Choice("loop", _tile(16, width, 16), width, 16) if _fits_l2(share, 1) else None
+    warps = 16 if _fits_l2(share, 2) else 32
+    return Choice("loop", _tile(warps, width, 8), width, warps)
+
+
+def _split(width: int, values: int, itemsize: int, channels: int, vt_world_size: int) -> Choice:
+    """Cut shares so that their pieces fill the device."""
+    programs = -(-channels // width) * vt_world_size
+    wanted = min(-(-_SPLIT_PROGRAMS // programs), _MAX_SPLITS)
+    tile = _piece_tile(width, itemsize)
+    size = -(-values // (wanted * tile)) * tile
+    return Choice("split", tile, width, 8, -(-values // size), size)
 
 
 def _power_of_two(number: int) -> int:

@@ -10,71 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pieces import merge_pieces, piece_of, store_partials
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import finish, load_affine, load_row, locate, merge_lanes
+from .tiles import corrections, finish, load_row, load_saved, locate
 
 __all__ = [
     "merge_moments",
-    "merge_pieces",
-    "piece_of",
     "split_backward",
     "split_forward",
     "split_gradients",
     "split_moments",
-    "store_partials",
-    "sum_pieces",
 ]
-
-
-@triton.jit
-def piece_of(split, size, block):
-    """Return the rows of a piece of the share."""
-    begin = tl.minimum(split.to(block.total.dtype) * size, block.total)
-    return begin, tl.minimum(begin + size, block.total)
-
-
-@triton.jit
-def store_partials(partials, first, second, split, block):
-    """Store two numbers for each of the piece's channels in ``[splits, 2, V, C]``."""
-    cells = block.vt_world_size.to(tl.int64) * block.channels
-    partials += split * 2 * cells + block.cells
-    tl.store(partials, first, mask=block.valid)
-    tl.store(partials + cells, second, mask=block.valid)
-
-
-@triton.jit
-def load_partials(partials, which: tl.constexpr, splits, block, SPLITS: tl.constexpr):
-    """Return the first or second number of all pieces ``[SPLITS, CHANNELS]``, and a mask.
-
-    From L2 (``.cg``), where the programs of the same launch that wrote them can be seen.
-    """
-    split = tl.arange(0, SPLITS)
-    mask = (split < splits)[:, None] & block.valid[None, :]
-    cells = block.vt_world_size.to(tl.int64) * block.channels
-    offsets = (split[:, None] * 2 + which) * cells + block.cells[None, :]
-    return tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg"), mask
-
-
-@triton.jit
-def merge_pieces(partials, splits, size, block, SPLITS: tl.constexpr):
-    """Return mean and sum of squared deviations of a share, its pieces in a fixed order."""
-    # One kind of number after the other: together they cost a program its registers.
-    m2, mask = load_partials(partials, 1, splits, block, SPLITS)
-    within = tl.sum(m2, 0)
-    mean, _ = load_partials(partials, 0, splits, block, SPLITS)
-    split = tl.arange(0, SPLITS).to(block.total.dtype)
-    count = tl.minimum(tl.maximum(block.total - split * size, 0), size)
-    count = tl.where(mask, count.to(tl.float32)[:, None], 0.0)
-    mean, between = merge_lanes(mean, tl.zeros_like(mean), count)
-    return mean, within + between
-
-
-@triton.jit
-def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
-    """Return both sums of a share, its pieces in a fixed order."""
-    first, _ = load_partials(partials, 0, splits, block, SPLITS)
-    second, _ = load_partials(partials, 1, splits, block, SPLITS)
-    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
@@ -139,8 +85,7 @@ def split_forward(
     program, split = last_first()
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    mean, rstd = load_row(mean_in, block), load_row(rstd_in, block)
-    affine = load_affine(weight, bias, mean, rstd, block)
+    affine, _ = load_saved(weight, bias, mean_in, rstd_in, block)
     normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
 
 
@@ -167,8 +112,7 @@ def split_gradients(
     program, split = tl.program_id(0), tl.program_id(1)
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    rstd = load_row(rstd_in, block)
-    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+    affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
     sum_dy, sum_dy_x = lane_gradients(
         x, dy, output, grad_residual, affine, begin, stop, block, TILE
     )
@@ -198,11 +142,9 @@ def split_backward(
     program, split = last_first()
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    rstd = load_row(rstd_in, block)
-    affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
-    count = tl.maximum(block.total, 1).to(tl.float32)
-    mean_dy = tl.div_rn(load_row(sum_dy_in, block), count)
-    slope = tl.div_rn(load_row(sum_dy_x_in, block), count) * rstd
+    affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
+    sum_dy, sum_dy_x = load_row(sum_dy_in, block), load_row(sum_dy_x_in, block)
+    mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
     differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)
 
 

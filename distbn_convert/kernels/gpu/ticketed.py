@@ -1,6 +1,6 @@
 """Kernels that read a share twice in one launch, ``depth`` slabs apart, the second time from L2.
 
-For channels_last maps that are too large for registers. A *slab* is one rank's share of a block
+For maps that are too large for registers. A *slab* is one rank's share of a block
 of channels; it is cut into ``splits`` pieces, and each piece is visited by two programs: one
 gathers its statistics, the other applies those of its whole slab. Programs take tickets, and
 tickets are dealt so that slab ``k`` is applied right after the statistics of slab ``k + depth``
@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import merge_pieces, piece_of, store_partials, sum_pieces
+from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import finish, load_affine, load_row, locate
+from .tiles import corrections, finish, load_row, load_saved, locate, store_sums
 from .waiting import announce, arrive, await_count, take_ticket
 
 __all__ = ["ticketed_backward", "ticketed_forward"]
@@ -82,8 +82,7 @@ def ticketed_forward(
             announce(counter)
     else:
         await_count(counter, splits + 1)
-        mean, rstd = load_row(statistics.mean, block), load_row(statistics.rstd, block)
-        affine = load_affine(weight, bias, mean, rstd, block)
+        affine, _ = load_saved(weight, bias, statistics.mean, statistics.rstd, block)
         normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
 
 
@@ -123,24 +122,20 @@ def ticketed_backward(
     begin, stop = piece_of(split, size, block)
     counter = sync + slab
     if gathers:
-        rstd = load_row(rstd_in, block)
-        affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
+        affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
         sum_dy, sum_dy_x = lane_gradients(
             x, dy, output, grad_residual, affine, begin, stop, block, TILE
         )
         store_partials(partials, sum_dy, sum_dy_x * rstd, split, block)
         if arrive(counter) == splits - 1:
             sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
-            tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
-            tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+            store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
             announce(counter)
     else:
         await_count(counter, splits + 1)
-        rstd = load_row(rstd_in, block)
-        affine = load_affine(weight, bias, load_row(mean_in, block), rstd, block)
-        count = tl.maximum(block.total, 1).to(tl.float32)
-        mean_dy = tl.div_rn(load_row(sum_dy_out, block), count)
-        slope = tl.div_rn(load_row(sum_dy_x_out, block), count) * rstd
+        affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
+        sum_dy, sum_dy_x = load_row(sum_dy_out, block), load_row(sum_dy_x_out, block)
+        mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
         if output is not None:
             dy = grad_residual
         differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)

@@ -22,10 +22,12 @@ __all__ = [
     "Block",
     "Statistics",
     "Tile",
+    "corrections",
     "finish",
     "lane_offset",
     "load_affine",
     "load_row",
+    "load_saved",
     "locate",
     "make_tile",
     "merge_lanes",
@@ -33,6 +35,7 @@ __all__ = [
     "rectify",
     "row_offset",
     "rstd_of",
+    "store_sums",
     "transform",
 ]
 
@@ -151,10 +154,8 @@ def locate(program, channels, positions, quotient, remainder, vt_world_size, TIL
 
 @triton.jit
 def row_offset(rows, block, TILE: tl.constexpr):
-    """Return the offset of one or more rows from ``block.start``."""
+    """Return the offset of one or more rows from ``block.start``, in the width of ``rows``."""
     channels = block.channels
-    if TILE.WIDE:
-        channels = channels.to(tl.int64)
     if TILE.DIVISOR == 0:
         offset = rows * channels
     else:
@@ -185,6 +186,8 @@ def place(row, stop, block, TILE: tl.constexpr):
     """Return offsets from ``block.start``, and mask, ``[ROWS, CHANNELS]``, of a tile."""
     rows = row + tl.arange(0, TILE.ROWS)
     mask = (rows < stop)[:, None] & block.valid[None, :]
+    if TILE.WIDE:
+        rows = rows.to(tl.int64)
     offsets = row_offset(rows, block, TILE)[:, None] + lane_offset(block, TILE)[None, :]
     # Such hints stay only with what is computed in the same function.
     if TILE.LAST:
@@ -263,6 +266,27 @@ def load_affine(weight, bias, mean, rstd, block):
     if bias is not None:
         shift = tl.load(bias + block.lanes, mask=block.valid, other=0.0).to(tl.float32)
     return Affine(mean, scale, shift)
+
+
+@triton.jit
+def load_saved(weight, bias, mean, rstd, block):
+    """Return :func:`load_affine` of what the forward saved, and rstd ``[CHANNELS]``."""
+    rows = load_row(rstd, block)
+    return load_affine(weight, bias, load_row(mean, block), rows, block), rows
+
+
+@triton.jit
+def store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block):
+    """Store a rank's shares of dbias and dweight."""
+    tl.store(sum_dy_out + block.cells, sum_dy, mask=block.valid)
+    tl.store(sum_dy_x_out + block.cells, sum_dy_x, mask=block.valid)
+
+
+@triton.jit
+def corrections(sum_dy, sum_dy_x, rstd, block):
+    """Return what is taken from ``dy``, and how much of ``x - mean``, to make ``dx / scale``."""
+    count = tl.maximum(block.total, 1).to(tl.float32)
+    return tl.div_rn(sum_dy, count), tl.div_rn(sum_dy_x, count) * rstd
 
 
 @triton.jit

@@ -1,0 +1,64 @@
+"""A share cut into pieces: their rows, what each hands in, and how that is merged, in Triton.
+
+For every kernel that gives a share to more than one program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import merge_lanes
+
+__all__ = ["merge_pieces", "piece_of", "store_partials", "sum_pieces"]
+
+
+@triton.jit
+def piece_of(split, size, block):
+    """Return the rows of a piece of the share."""
+    begin = tl.minimum(split.to(block.total.dtype) * size, block.total)
+    return begin, tl.minimum(begin + size, block.total)
+
+
+@triton.jit
+def store_partials(partials, first, second, split, block):
+    """Store two numbers for each of the piece's channels in ``[splits, 2, V, C]``."""
+    cells = block.vt_world_size.to(tl.int64) * block.channels
+    partials += split * 2 * cells + block.cells
+    tl.store(partials, first, mask=block.valid)
+    tl.store(partials + cells, second, mask=block.valid)
+
+
+@triton.jit
+def load_partials(partials, which: tl.constexpr, splits, block, SPLITS: tl.constexpr):
+    """Return the first or second number of all pieces ``[SPLITS, CHANNELS]``, and a mask.
+
+    From L2 (``.cg``), where the programs of the same launch that wrote them can be seen.
+    """
+    split = tl.arange(0, SPLITS)
+    mask = (split < splits)[:, None] & block.valid[None, :]
+    cells = block.vt_world_size.to(tl.int64) * block.channels
+    offsets = (split[:, None] * 2 + which) * cells + block.cells[None, :]
+    return tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg"), mask
+
+
+@triton.jit
+def merge_pieces(partials, splits, size, block, SPLITS: tl.constexpr):
+    """Return mean and sum of squared deviations of a share, its pieces in a fixed order."""
+    # One kind of number after the other: together they cost a program its registers.
+    m2, mask = load_partials(partials, 1, splits, block, SPLITS)
+    within = tl.sum(m2, 0)
+    mean, _ = load_partials(partials, 0, splits, block, SPLITS)
+    split = tl.arange(0, SPLITS).to(block.total.dtype)
+    count = tl.minimum(tl.maximum(block.total - split * size, 0), size)
+    count = tl.where(mask, count.to(tl.float32)[:, None], 0.0)
+    mean, between = merge_lanes(mean, tl.zeros_like(mean), count)
+    return mean, within + between
+
+
+@triton.jit
+def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
+    """Return both sums of a share, its pieces in a fixed order."""
+    first, _ = load_partials(partials, 0, splits, block, SPLITS)
+    second, _ = load_partials(partials, 1, splits, block, SPLITS)
+    return tl.sum(first, 0), tl.sum(second, 0)
