@@ -21,6 +21,7 @@ from .partition import gather_ranks, scatter_ranks, share_of
 
 __all__ = [
     "accumulate_dtype",
+    "as_input",
     "backward",
     "count_batch",
     "forward",
@@ -29,6 +30,7 @@ __all__ = [
     "normalize",
     "statistics",
     "supports",
+    "update_running",
 ]
 
 
@@ -56,9 +58,8 @@ def _sum_positions(values: Tensor) -> Tensor:
 def _share_counts(input: Tensor, vt_world_size: int, dtype: torch.dtype) -> Tensor:
     """Return the samples of each rank, at least 1 so that it can divide: ``Tensor[V, 1]``."""
     q, r = share_of(input.shape[0], vt_world_size)
-    counts = input.new_full((vt_world_size, 1), q, dtype=dtype)
-    counts[:r] += 1
-    return counts.clamp(min=1)
+    longer = torch.arange(vt_world_size, device=input.device)[:, None] < r
+    return (longer.to(dtype) + q).clamp(min=1)
 
 
 def statistics(input: Tensor, vt_world_size: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -165,23 +166,16 @@ def forward(
         count_batch(num_batches_tracked, input)
     if running_mean is not None and running_var is not None and input.numel():
         values = _share_counts(input, vt_world_size, dtype) * input.shape[2:].numel()
-        factor: float | Tensor
-        if momentum is not None:
-            factor = momentum
-        else:
-            assert num_batches_tracked is not None  # functional.py has checked it
-            factor = 1 / num_batches_tracked.to(dtype)[:, None]
-        ranks = min(input.shape[0], vt_world_size)
         unbiased = var.detach() * (values / (values - 1).clamp(min=1))
-        _average_into(running_mean, mean.detach(), factor, ranks)
-        _average_into(running_var, unbiased, factor, ranks)
+        batch = mean.detach(), unbiased, min(input.shape[0], vt_world_size)
+        update_running(running_mean, running_var, num_batches_tracked, momentum, *batch)
 
     output = _affine(x, weight, bias, mean, rstd, interleaved)
     if residual is not None:
         output = output + residual.to(dtype)
     if relu:
         output = torch.relu(output)
-    return _as(output, input), mean, rstd
+    return as_input(output, input), mean, rstd
 
 
 def backward(
@@ -221,11 +215,11 @@ def backward(
     if relu:
         grad_output = mask(grad_output, input, weight, bias, output, mean, rstd, interleaved)
         if output is not None:
-            grad_residual = _as(grad_output, input)
+            grad_residual = as_input(grad_output, input)
     grad_input, grad_weight, grad_bias = gradients(
         grad_output, input, weight, mean, rstd, vt_world_size, interleaved
     )
-    return _as(grad_input, input), grad_weight, grad_bias, grad_residual
+    return as_input(grad_input, input), grad_weight, grad_bias, grad_residual
 
 
 def mask(
@@ -271,15 +265,49 @@ def gradients(
     return orthogonal * _spread(scale, x, interleaved), sum_dy_x.sum(0), sum_dy.sum(0)
 
 
-def _average_into(running: Tensor, batch: Tensor, factor: float | Tensor, ranks: int) -> None:
-    """Move the first ``ranks`` rows of ``running`` towards ``batch`` by ``factor``."""
-    share = factor[:ranks] if isinstance(factor, Tensor) else factor
-    rows = running[:ranks]
-    rows.copy_(rows.to(batch.dtype) * (1 - share) + batch[:ranks] * share)
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    unbiased: Tensor,
+    ranks: int,
+) -> None:
+    """Move the running statistics of the first ``ranks`` ranks towards those of a batch.
+
+    Args:
+        running_mean: ``Tensor[V, C]``; written.
+        running_var: ``Tensor[V, C]``; written.
+        num_batches_tracked: ``int64 Tensor[V]``, this batch counted; read if ``momentum`` is None.
+        momentum: weight of the batch; None for the cumulative average.
+        mean: ``Tensor[V, C]``, the batch's.
+        unbiased: ``Tensor[V, C]``, the batch's variance with Bessel's correction.
+        ranks: how many have samples.
+    """
+    factor: float | Tensor
+    if momentum is not None:
+        factor = momentum
+    else:
+        assert num_batches_tracked is not None  # functional.py has checked it
+        factor = 1 / num_batches_tracked[:ranks].to(mean.dtype)[:, None]
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        rows = running[:ranks]
+        rows.copy_(rows.to(batch.dtype) * (1 - factor) + batch[:ranks] * factor)
 
 
-def _as(values: Tensor, input: Tensor) -> Tensor:
-    """Return ``values`` with the dtype and memory layout of ``input``."""
+def as_input(values: Tensor, input: Tensor) -> Tensor:
+    """Return ``values`` with the dtype of ``input`` and the strides of a tensor like it.
+
+    By no operation that can return what it was given, as those in place do: torch 2.11's compiler
+    takes the gradient of a result that has two names to be zero.
+    """
+    if values.dtype != input.dtype:
+        values = values.to(input.dtype)
+    # The compiler of torch 2.6 does not let a backward ask what it has saved for its strides.
+    if not torch.compiler.is_compiling() and values.stride() == input.stride():
+        return values
     like = torch.empty_like(input)
-    same = values.dtype == like.dtype and values.stride() == like.stride()
-    return values if same else like.copy_(values)
+    if values.stride() == like.stride():
+        return values
+    return torch.ops.aten.copy.default(like, values)  # type: ignore[no-any-return]
