@@ -48,7 +48,8 @@ class Clock:
 
 def require_green_tests(device: str) -> None:
     """Run the tests of the backend that is measured; no speed is reported without correctness."""
-    name = "kernels_cpu" if device == "cpu" else "kernels_gpu_device"
+    backend = select_backend(torch.zeros(2, 2, device=device)).__name__  # type: ignore[attr-defined]
+    name = f"kernels_{backend.rpartition('.')[2]}" if device == "cpu" else "kernels_gpu_device"
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(

@@ -4,8 +4,9 @@
 a bar (``gpu_table.py``) and each pass: the sum over the 53 layers of the median time of a call,
 ours and ``F.batch_norm``'s, and of the bytes that must be moved (forward: read x, write y;
 backward: read x and dy, write dx) at the bandwidth of a copy measured in the same run. The same
-for a forward with its ReLU. Layers that take the ticketed kernels are also timed with the split
-ones (``split_ms``). Then a ResNet-50 training step. A table comes last, each bar met or missed.
+for a forward with its ReLU. Each layer is also timed with fewer of the kernels that wait
+(``ENABLED``), and with ours switched off (``off_ms``). Then a ResNet-50 training step. A table
+comes last, each bar met or missed.
 
 ``python scripts/gpu_bench.py RESULTS.json compiled`` times that step under ``torch.compile``
 instead, plain and with each ``impl``: it decides what ``impl="auto"`` should be on a GPU. It is
@@ -15,6 +16,7 @@ not part of gpu_check, as compiling takes minutes.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -33,8 +35,9 @@ from triton.testing import do_bench
 
 from distbn_convert import DistBatchNorm2d, convert_model
 from distbn_convert.functional import dist_batch_norm
-from distbn_convert.kernels.gpu import rule
-from distbn_convert.kernels.gpu.launch import arrange, describe
+from distbn_convert.kernels.gpu import SWITCH, rule
+from distbn_convert.kernels.gpu.launch import describe
+from distbn_convert.kernels.layout import arrange
 from tests.aot import RESNET50
 from tests.resnet import resnet50
 
@@ -95,12 +98,14 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
             same = kinds[-1:] == [choose()]
             times.append(times[-1] if same else measure())
             kinds.append(choose())
+    with switched_off():
+        off_ms = measure()
     plain_ms = dict(zip(("forward", "backward"), time_passes(plain, leaves), strict=True))
     if "relu forward" in passes:
         plain_ms["relu forward"] = time_forward(lambda: plain().relu_())
     rows = []
     for name in times[0]:
-        row: Row = {"pass": name, "plain_ms": plain_ms[name]}
+        row: Row = {"pass": name, "off_ms": off_ms[name], "plain_ms": plain_ms[name]}
         for what, kind, ms in zip(ENABLED, kinds, times, strict=True):
             row |= {what: ms[name], what.replace("ms", "kernel"): kind[name.split()[-1]]}
         row["floor_ms"] = (3 if name == "backward" else 2) * x.nbytes / bandwidth
@@ -116,6 +121,19 @@ def only_enabled(kinds: frozenset[str]) -> Iterator[None]:
         yield
     finally:
         rule.ENABLED = before
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Let CUDA tensors be normalised as they are without the switch."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "off"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def time_forward(function: Callable[[], Tensor]) -> float:
@@ -186,8 +204,11 @@ def time_step(norm: str, compiled: bool = False) -> float:
 
 def machine() -> Row:
     """What a number means nothing without."""
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without a history
+        commit = "unknown"
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
         "python": platform.python_version(),
@@ -195,7 +216,7 @@ def machine() -> Row:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
 

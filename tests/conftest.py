@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from distbn_convert import kernels
-from distbn_convert.kernels import cpu, reference
+from distbn_convert.kernels import cpu, native, reference
 
-BACKENDS = {"reference": (reference,), "cpu": (cpu, reference)}
+BACKENDS = {"reference": (reference,), "native": (native, reference), "cpu": (cpu, reference)}
 
 
 @pytest.fixture(autouse=True)

@@ -124,11 +124,11 @@ def widened(tensors: Tensors) -> Tensors:
     }
 
 
-def check(case: Case, tensors: Tensors) -> None:
+def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
     """Compare with the definition: the error is at most twice its own in the case's dtype."""
     versions = [tensors[name]._version for name in ("mean", "var") if case.running]
     twins = cloned(tensors), widened(tensors)
-    ours = compute(gpu, case, tensors)
+    ours = compute(backend, case, tensors)
     active = ours["y"] if case.relu else None
     peers = compute(reference, case, twins[0], active)
     exact = compute(reference, case, twins[1], active)
@@ -146,25 +146,29 @@ def check(case: Case, tensors: Tensors) -> None:
     assert all(new > old for old, new in zip(versions, after, strict=True)), "version counters"
 
 
-def check_nan(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+def check_nan(
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu
+) -> None:
     """A NaN passes a ReLU as it does in torch, in both directions."""
     for residual in (False, True):
         torch.manual_seed(0)
         case = Case((6, 2, 5), vt_world_size=2, relu=True, residual=residual)
         tensors = make(case, place)
         tensors["residual" if residual else "x"][1, 1, 3] = float("nan")
-        ours, theirs = (compute(backend, case, cloned(tensors)) for backend in (gpu, reference))
+        ours, theirs = (compute(b, case, cloned(tensors)) for b in (backend, reference))
         torch.testing.assert_close(ours, theirs, equal_nan=True)
         assert ours["y"].isnan().sum() == (1 if residual else 15)
         assert not ours["dbias"].isnan().any()
 
 
-def check_underflow(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+def check_underflow(
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu
+) -> None:
     """Where the output is above zero until it is rounded, its gradient is zero as in torch."""
     case = Case((6, 2, 5), vt_world_size=2, relu=True, dtype=torch.float16, affine="weight")
     tensors = make(case, place)
     tensors["weight"].fill_(1e-9)
-    ours = compute(gpu, case, tensors)
+    ours = compute(backend, case, tensors)
     assert not ours["y"].any()
     assert not ours["dbias"].any()
     assert not ours["dweight"].any()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
-from distbn_convert import functional
+from distbn_convert import functional, kernels
 from distbn_convert.errors import ConfigurationError, InputError
 from distbn_convert.functional import dist_batch_norm
 
@@ -100,8 +100,10 @@ def test_equals_the_loop_then_add_then_relu(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
 def test_error_is_at_most_twice_that_of_torch(
-    dtype: torch.dtype, layout: str, added: bool, activation: str | None
+    dtype: torch.dtype, layout: str, added: bool, activation: str | None, backend: str
 ) -> None:
+    # Torch's own code for channels_last is less exact, and the loop's indexing loses the layout.
+    rounding = 32 if backend == "native" and layout == "channels_last" else 1
     leaves = make_leaves((32, 6, 8, 16), dtype, layout)
     settings: Any = {"vt_world_size": 8, "partition": "interleaved", "activation": activation}
     chosen = {name: leaf for name, leaf in leaves.items() if added or name != "residual"}
@@ -121,8 +123,8 @@ def test_error_is_at_most_twice_that_of_torch(
     for result, peer, truth in zip(ours, torchs, exact, strict=True):
         assert result.dtype == peer.dtype
         error, allowed = ((value.double() - truth).abs().max() for value in (result, peer))
-        rounding = 64 if dtype == torch.float64 else 1
-        assert error <= 2 * allowed + rounding * torch.finfo(dtype).eps * truth.abs().max()
+        eps = (64 if dtype == torch.float64 else rounding) * torch.finfo(dtype).eps
+        assert error <= 2 * allowed + eps * truth.abs().max()
 
 
 @EPILOGUE
@@ -176,14 +178,19 @@ def test_relu_gradient_is_the_same_bits_from_the_input_as_from_the_output(
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_output_is_kept_where_the_input_cannot_tell_what_the_relu_let_through() -> None:
+def test_output_is_kept_where_the_input_cannot_tell_what_the_relu_let_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class OnGPU:
-        is_cuda = True
+        is_cuda, device, dtype = True, torch.device("cuda"), torch.float32
 
     cpu, residual = torch.ones(1), torch.ones(1)
     gpu: Any = OnGPU()
-    assert not functional.keeps_output(gpu, None, True)
-    assert functional.keeps_output(gpu, residual, True)
+    for has_kernel in (True, False):
+        monkeypatch.setattr(kernels, "has_kernel", lambda *_, answer=has_kernel: answer)
+        assert functional.keeps_output(gpu, None, True) is not has_kernel
+        assert functional.keeps_output(gpu, residual, True)
+        assert not functional.keeps_output(gpu, None, False)
     assert functional.keeps_output(cpu, None, True)
     assert not functional.keeps_output(cpu, residual, False)
 
@@ -298,8 +305,10 @@ def test_vmap_equals_a_loop(added: bool, activation: str | None) -> None:
 @EPILOGUE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph_and_equals_eager(
-    dtype: torch.dtype, added: bool, activation: str | None
+    dtype: torch.dtype, added: bool, activation: str | None, backend: str
 ) -> None:
+    # Without a kernel the graph is the definition's, and eager mode torch's batch norm.
+    eps = 8 * torch.finfo(dtype).eps if backend == "native" else 0
     torch._dynamo.reset()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     for samples in (8, 9, 11):
@@ -313,7 +322,7 @@ def test_compiles_as_one_graph_and_equals_eager(
             rows = [torch.zeros_like(row) for row in rows]
             output = function(**leaves, rows=rows, **settings)
             results.append([output, *rows, *torch.autograd.grad(output, chosen, upstream)])
-        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        torch.testing.assert_close(*results, rtol=eps, atol=eps)
 
 
 @EPILOGUE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,10 +55,28 @@ def test_every_bar_is_measured_and_kept_as_data(
     assert all(row["ms"] > 0 and row["plain_ms"] > 0 for row in results["summary"])
     measured = {(row["dtype"], row["layout"], row["pass"]) for row in results["layers"]}
     assert measured == {bar[:3] for bar in bench.BARS}
+    assert all(row["off_ms"] > 0 for row in results["summary"])
     assert results["machine"].keys() >= {"device", "python", "torch", "triton", "commit"}
     assert [line.split("  ")[0] for line in table[2:-1]] == [bar.name for bar in bench.BARS]
     assert table[-1].startswith("ResNet-50 step")
     assert all(("met" in line) != ("MISSED" in line) for line in table[-1:])
+
+
+def test_a_copy_without_a_history_is_measured_all_the_same(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert bench.machine()["commit"] == "unknown"
+
+
+def test_switch_is_put_back(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "on"):
+        monkeypatch.delenv(bench.SWITCH, raising=False)
+        if before:
+            monkeypatch.setenv(bench.SWITCH, before)
+        with bench.switched_off():
+            assert os.environ[bench.SWITCH] == "off"
+        assert os.environ.get(bench.SWITCH) == before
 
 
 def test_kernels_that_wait_are_timed_beside_others_and_put_back(
@@ -95,13 +114,16 @@ def test_table_says_of_each_bar_whether_it_is_met() -> None:
     table = importlib.import_module("gpu_table")
     rows = [
         {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
-        | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5, "floor_ms": 0.75}
+        | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5}
+        | {"off_ms": 2.5, "floor_ms": 0.75}
         for bar in table.BARS
         for count in (50, 3)
     ]
     text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
     lines = text.splitlines()
-    first = "   53.00    66.25   79.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
+    first = (
+        "   53.00    66.25   79.50  132.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
+    )
     assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
-    last = f"    11.0{'':17}    10.0    1.10 <= 1.00 MISSED"
+    last = f"    11.0{'':25}    10.0    1.10 <= 1.00 MISSED"
     assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"

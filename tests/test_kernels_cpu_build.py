@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distbn_convert import kernels
-from distbn_convert.kernels import cpu, reference
+from distbn_convert.kernels import cpu
 from distbn_convert.kernels.cpu import build
 
 CHILD = """
@@ -147,11 +146,6 @@ def test_compiler_that_never_ends_is_given_up(
     monkeypatch.setattr(build, "_TIMEOUT", 0.2)
     monkeypatch.setenv("CXX", str(script(tmp_path / "slow", "exec sleep 60")))
     expect_line(caplog, "WARNING", "timed out")
-
-
-def test_without_the_kernel_the_reference_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "load", lambda: False)
-    assert kernels.select_backend(torch.randn(4, 3)) is reference
 
 
 @needs_compiler

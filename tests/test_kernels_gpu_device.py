@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distbn_convert import DistBatchNorm2d, convert_model, kernels
 from distbn_convert.functional import dist_batch_norm
-from distbn_convert.kernels import gpu, reference, select_backend
+from distbn_convert.kernels import gpu, native, reference, select_backend
 from distbn_convert.kernels.gpu import rule
 
 from .ddp import dealt_batches, make_data, make_model, train_ddp
@@ -67,7 +67,35 @@ def cuda(tensor: Tensor) -> Tensor:
 
 def test_cuda_tensors_go_to_this_backend() -> None:
     assert select_backend(torch.ones(2, 2, device="cuda")) is gpu
-    assert select_backend(torch.ones(2, 2, device="cuda", dtype=torch.float64)) is reference
+    assert select_backend(torch.ones(2, 2, device="cuda", dtype=torch.float64)) is native
+
+
+def test_cuda_tensors_go_to_torchs_batch_norm_with_the_switch_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(gpu.SWITCH, "off")
+    assert select_backend(torch.ones(2, 2, device="cuda")) is native
+
+
+@pytest.mark.parametrize("large", [0, 2**62], ids=["each", "joined"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torchs_batch_norm_agrees_with_the_definition(
+    case: Case, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native._LARGE, "cuda", large)
+    check(case, make(case, cuda), native)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("large", [0, 2**62], ids=["each", "joined"])
+def test_torchs_batch_norm_agrees_with_the_definition_on_large_maps(
+    large: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native._LARGE, "cuda", large)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for relu in (False, True):
+            case = Case((64, 64, 56, 56), 8, channels_last=channels_last, dtype=dtype, relu=relu)
+            check(case, make(case, cuda), native)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -211,7 +239,8 @@ def test_launches_that_wait_on_many_streams_at_once_all_end(
 
 def choose(case: Case, backward: bool) -> str:
     """The kind of kernel that the rule takes for a case."""
-    from distbn_convert.kernels.gpu.launch import arrange, describe
+    from distbn_convert.kernels.gpu.launch import describe
+    from distbn_convert.kernels.layout import arrange
 
     x, last = arrange(make(case)["x"])
     return describe(x, last, case.vt_world_size, case.interleaved).choose(backward).kind

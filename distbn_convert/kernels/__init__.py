@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import cpu, gpu, reference
+from . import cpu, gpu, native, reference
 
 __all__ = ["Backend", "has_kernel", "keeps_output", "select_backend"]
 
@@ -55,7 +55,7 @@ class Backend(Protocol):
         """Return the gradients of input, weight, bias and residual."""
 
 
-_BACKENDS: tuple[Backend, ...] = (cpu, gpu, reference)
+_BACKENDS: tuple[Backend, ...] = (cpu, gpu, native, reference)
 
 
 def select_backend(input: Tensor) -> Backend:
@@ -86,12 +86,12 @@ class _Probe(NamedTuple):
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether tensors like these have a backend other than the reference.
+    """Say whether tensors like these have a kernel of this package.
 
     ``torch.compile`` asks while it traces, and keeps the answer.
     """
     probe: Any = _Probe(device, dtype)
-    return select_backend(probe) is not reference
+    return select_backend(probe) not in (native, reference)
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler.
@@ -101,7 +101,9 @@ has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def keeps_output(input: Tensor, residual: Tensor | None, relu: bool) -> bool:
     """Say whether the backward is given the output to know where the ReLU was active.
 
-    On a GPU it costs a read, and without a residual the kernels can tell from the input, which
+    It costs the GPU kernels a read, and without a residual they can tell from the input, which
     they read anyway. Elsewhere a pass that computes costs more than one that reads.
     """
-    return relu and (residual is not None or not input.is_cuda)
+    if not relu or residual is not None or not input.is_cuda:
+        return relu
+    return not has_kernel(input.device, input.dtype)

@@ -5,10 +5,11 @@ result has the same bits with any number of threads. The files: ``batch_norm.cpp
 operators), ``rows.h`` and ``columns.h`` with ``grid.h`` (the two memory layouts), ``statistics.h``,
 ``schedule.h``, ``simd.h``; :mod:`.build` compiles them.
 
-No shape is left to plain torch operations: over ResNet-50's shapes and over small ones (V = 8,
-float32) ``scripts/bench.py`` has them at 3.8 to 5.9 times BatchNorm's time on average, and this
-kernel at 0.4 to 1.0. Within it, constants choose by shape: ``kFewPositions`` the layout's code,
-``kSerialSize`` one thread, ``kStreamBytes`` stores past the caches.
+No shape is left to others: over ResNet-50's shapes and over small ones (V = 8, float32)
+``scripts/bench.py`` has this kernel at 0.4 to 1.0 times BatchNorm's time on average, plain torch
+operations at 3.8 to 5.9, and :mod:`..native` between them. Within it, constants choose by shape:
+``kFewPositions`` the layout's code, ``kSerialSize`` one thread, ``kStreamBytes`` stores past the
+caches.
 """
 
 from __future__ import annotations

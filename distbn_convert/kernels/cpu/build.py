@@ -69,11 +69,11 @@ def _load() -> bool:
         torch.ops.load_library(_build())
         _pass_autograd_by()
     except _UnavailableError as error:
-        logger.info("the CPU kernel is not used, plain torch is: %s", error)
+        logger.info("the CPU kernel is not used, torch's batch norm is: %s", error)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         details = str(getattr(error, "stderr", None) or "")[-2000:]
         logger.warning(
-            "the CPU kernel could not be built, plain torch is used instead (set %s=off to "
+            "the CPU kernel could not be built, torch's batch norm is used instead (set %s=off to "
             "silence this): %s\n%s",
             SWITCH,
             error,

@@ -5,10 +5,10 @@ where the whole batch's does not. See :mod:`.rule` for which kernel runs and :mo
 what they share. Triton is imported at the first CUDA tensor.
 
 Off until they have been tested and measured on a real GPU: ``DISTBN_GPU_KERNEL=on`` in the
-environment switches them on, otherwise CUDA tensors are the reference's.
+environment switches them on, otherwise CUDA tensors are :mod:`..native`'s.
 
-``float64`` and empty batches are :mod:`..reference`'s, as is everything on a GPU that Triton's
-kernels were not compiled for (compute capability below 8.0, or not NVIDIA's).
+So is ``float64``, and everything on a GPU that Triton's kernels were not compiled for (compute
+capability below 8.0, or not NVIDIA's); an empty batch is :mod:`..reference`'s.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def forward(
     if running is not None:
         _written(running_mean, running[0])
         _written(running_var, running[1])
-    return _like(y, input), mean, rstd
+    return reference.as_input(y, input), mean, rstd
 
 
 def backward(
@@ -126,8 +126,8 @@ def backward(
         grad_output, input, *affine, kept, *moments, *partition, relu
     )
     grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
-    grad_residual = None if masked is None else _like(masked, input)
-    return _like(dx, input), grad_weight, grad_bias, grad_residual
+    grad_residual = None if masked is None else reference.as_input(masked, input)
+    return reference.as_input(dx, input), grad_weight, grad_bias, grad_residual
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -141,11 +141,3 @@ def _written(statistic: Tensor | None, rows: Tensor) -> None:
         statistic.copy_(rows)
     else:
         torch.autograd.graph.increment_version(statistic)
-
-
-def _like(values: Tensor, input: Tensor) -> Tensor:
-    """Return ``values`` with the strides that a tensor like ``input`` has."""
-    if values.stride() == input.stride():
-        return values
-    like = torch.empty_like(input)
-    return values if values.stride() == like.stride() else like.copy_(values)

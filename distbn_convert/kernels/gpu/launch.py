@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import arrange, arrange_like
 from .cooperative import cooperative_backward, cooperative_forward
 from .loop import loop_backward, loop_forward
 from .resident import resident_backward, resident_forward
@@ -24,7 +25,7 @@ from .split import (
 from .ticketed import ticketed_backward, ticketed_forward
 from .tiles import Statistics, make_tile
 
-__all__ = ["Share", "arrange", "backward", "describe", "forward"]
+__all__ = ["Share", "backward", "describe", "forward"]
 
 # Bytes that one thread moves in one instruction.
 _VECTOR_BYTES = 16
@@ -158,7 +159,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward of a non-empty batch; ``running`` are contiguous and written."""
     x, last = arrange(input)
-    added = None if residual is None else _arranged_as(x, residual, last)
+    added = None if residual is None else arrange_like(x, residual, last)
     share = describe(x, last, vt_world_size, interleaved)
     choice = share.choose(False, added is not None)
     y = torch.empty_like(x)
@@ -205,8 +206,8 @@ def backward(
         bias and weight, and the masked ``grad_output`` if ``output`` is given.
     """
     x, last = arrange(input)
-    dy = _arranged_as(x, grad_output, last)
-    out = None if output is None else _arranged_as(x, output, last)
+    dy = arrange_like(x, grad_output, last)
+    out = None if output is None else arrange_like(x, output, last)
     share = describe(x, last, vt_world_size, interleaved)
     choice = share.choose(True, out is not None)
     dx = torch.empty_like(x)
@@ -242,23 +243,6 @@ def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:
     return partials, mean.new_zeros(share.slabs(choice.channels) + 1, dtype=torch.int32)
 
 
-def arrange(input: Tensor) -> tuple[Tensor, bool]:
-    """Return the input with channels in one of two places, and whether they are last.
-
-    Memory in any other order is copied, which costs a read and a write more.
-    """
-    if _is_arranged(input, False) and input.shape[2:].numel() > 1:
-        return input, False
-    if _is_arranged(input, True):
-        return input, True
-    return input.contiguous(), input.shape[2:].numel() == 1
-
-
-def _is_arranged(tensor: Tensor, last: bool) -> bool:
-    """Say whether ``Tensor[N, C, *]`` is dense with channels second, or last."""
-    return (tensor.movedim(1, -1) if last else tensor).is_contiguous()
-
-
 def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Share:
     """Describe an arranged input."""
     return Share(
@@ -278,13 +262,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter's
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _arranged_as(x: Tensor, other: Tensor, last: bool) -> Tensor:
-    """Return a tensor of the shape of an arranged ``x``, with channels in the same place."""
-    if _is_arranged(other, last):
-        return other
-    return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
 def _on(input: Tensor) -> AbstractContextManager[Any]:

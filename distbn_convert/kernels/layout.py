@@ -1,0 +1,32 @@
+"""Two memory layouts, to which the backends bring every other: channels second, or last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["arrange", "arrange_like"]
+
+
+def arrange(input: Tensor) -> tuple[Tensor, bool]:
+    """Return ``Tensor[N, C, *]`` with channels in one of two places, and whether they are last.
+
+    Memory in any other order is copied, which costs a read and a write more.
+    """
+    if _is_arranged(input, False) and input.shape[2:].numel() > 1:
+        return input, False
+    if _is_arranged(input, True):
+        return input, True
+    return input.contiguous(), input.shape[2:].numel() == 1
+
+
+def arrange_like(x: Tensor, other: Tensor, last: bool) -> Tensor:
+    """Return a tensor of the shape of an arranged ``x``, with channels in the same place."""
+    if _is_arranged(other, last):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def _is_arranged(tensor: Tensor, last: bool) -> bool:
+    """Say whether ``Tensor[N, C, *]`` is dense with channels second, or last."""
+    return (tensor.movedim(1, -1) if last else tensor).is_contiguous()
