@@ -300,14 +300,15 @@ def as_input(values: Tensor, input: Tensor) -> Tensor:
     """Return ``values`` with the dtype of ``input`` and the strides of a tensor like it.
 
     By no operation that can return what it was given, as those in place do: torch 2.11's compiler
-    takes the gradient of a result that has two names to be zero.
+    takes the gradient of a result that has two names to be zero. And that of torch 2.6 lets no
+    backward ask for strides, so that to a compiler it is one operation, which costs nothing fused.
     """
+    copy = torch.ops.aten.copy.default
+    if torch.compiler.is_compiling():
+        return copy(torch.empty_like(input), values)  # type: ignore[no-any-return]
     if values.dtype != input.dtype:
         values = values.to(input.dtype)
-    # The compiler of torch 2.6 does not let a backward ask what it has saved for its strides.
-    if not torch.compiler.is_compiling() and values.stride() == input.stride():
+    if values.stride() == input.stride():
         return values
     like = torch.empty_like(input)
-    if values.stride() == like.stride():
-        return values
-    return torch.ops.aten.copy.default(like, values)  # type: ignore[no-any-return]
+    return values if values.stride() == like.stride() else copy(like, values)
