@@ -23,6 +23,9 @@ from typing import Any
 from triton.runtime import interpreter
 
 _place = threading.local()
+_failed = threading.Event()
+# Triton walks through a function's globals, to which it adds when it first sees another.
+_lock = threading.RLock()
 
 
 class _Builder(type(interpreter.interpreter_builder)):
@@ -39,6 +42,8 @@ class _Builder(type(interpreter.interpreter_builder)):
     def create_atomic_rmw(self, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
         if not value.data.any():  # adds nothing: a program that waits lets others work
             time.sleep(1e-3)
+            if _failed.is_set():
+                raise RuntimeError("another program failed, which this one may wait for")
         return super().create_atomic_rmw(operation, pointer, value, *rest)
 
 
@@ -73,11 +78,18 @@ def run_all(programs: list[Any], room: int, shuffle: bool) -> None:
 
     def start(index: Any, program: Callable[[], None]) -> None:
         _place.index = index
-        program()
+        try:
+            program()
+        except BaseException:
+            _failed.set()
+            raise
 
+    _failed.clear()
     with ThreadPoolExecutor(room) as pool:
-        for future in [pool.submit(start, *program) for program in programs]:
-            future.result()
+        futures = [pool.submit(start, *program) for program in programs]
+    errors = [future.exception() for future in futures]
+    for error in sorted(filter(None, errors), key=lambda error: "another" in str(error)):
+        raise error  # the first cause
 
 
 @contextmanager
@@ -88,6 +100,7 @@ def concurrent_programs(room: int, shuffle: bool = False) -> Iterator[None]:
     is stopped after some time.
     """
     executor, patch = interpreter.GridExecutor, interpreter._patch_lang
+    function, rewrite = interpreter.InterpretedFunction, interpreter.InterpretedFunction.rewrite
     builder, interval = interpreter.interpreter_builder, sys.getswitchinterval()
     kind = type(builder)
 
@@ -98,10 +111,16 @@ def concurrent_programs(room: int, shuffle: bool = False) -> Iterator[None]:
 
     def patched(fn: Any) -> Any:
         if not hasattr(fn, "programs"):
-            return patch(fn)
+            with _lock:
+                return patch(fn)
         return _Scope(patch(fn.__wrapped__), lambda: run_all(fn.programs, room, shuffle))
 
+    def rewritten(self: Any) -> Any:
+        with _lock:
+            return rewrite(self)
+
     interpreter.GridExecutor, interpreter._patch_lang = Executor, patched
+    function.rewrite = rewritten
     builder.__dict__.pop("grid_idx", None)
     builder.__class__ = _Builder
     sys.setswitchinterval(1e-4)
@@ -111,3 +130,4 @@ def concurrent_programs(room: int, shuffle: bool = False) -> Iterator[None]:
         sys.setswitchinterval(interval)
         builder.__class__ = kind
         interpreter.GridExecutor, interpreter._patch_lang = executor, patch
+        function.rewrite = rewrite

@@ -2,8 +2,9 @@
 
 A process of its own, with ``TRITON_INTERPRET=1`` set before triton is imported. Every tensor
 lies between margins of NaN, and what the kernels allocate starts as NaN: a value read that was
-not written shows in the results, a value written outside shows in the margins. Results are
-compared with the definition in float64.
+not written shows in the results, a value written outside shows in the margins. What the kernels
+tell the compiler of their offsets and masks, which the interpreter has no use for, is checked.
+Results are compared with the definition in float64.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
 
 from distbn_convert import kernels
 from distbn_convert.functional import dist_batch_norm
@@ -79,11 +82,37 @@ def check_margins() -> None:
     _buffers.clear()
 
 
+_checked_hints: dict[str, int] = {}
+_set_attr = TensorHandle.set_attr
+
+
+def check_hint(self: Any, name: str, values: Any) -> None:
+    """What a kernel promises of a tensor must hold: a device would take it at its word."""
+    _set_attr(self, name, values)
+    data = np.atleast_1d(self.data)
+    sizes = [int(getattr(value, "value", value)) for value in np.atleast_1d(values)]
+    contiguity = self.attr.get("tt.contiguity", [1] * len(sizes))
+    for axis, size in enumerate(sizes):
+        lines = np.moveaxis(data, axis, -1)
+        if name == "tt.divisibility":
+            run = int(getattr(contiguity[axis], "value", contiguity[axis]))
+            wrong = lines[..., ::run] % size
+        else:
+            runs = lines.reshape(-1, size)
+            step = np.arange(size) if name == "tt.contiguity" else 0
+            wrong = runs != runs[:, :1] + step if size > 1 else np.zeros(1)
+        assert not wrong.any(), f"{name} is not {sizes}: {data}"
+        _checked_hints[name] = _checked_hints.get(name, 0) + (size > 1)
+
+
 def check_kernel(kind: str) -> None:
     launch.select_kernel = force(kind)
+    TensorHandle.set_attr = check_hint
     # A slab is cut into five pieces at most, whose programs must run together.
     with concurrent_programs(5) if kind == "cooperative" else nullcontext():
         check_cases()
+    assert _checked_hints.keys() == {"tt.divisibility", "tt.contiguity", "tt.constancy"}
+    assert min(_checked_hints.values()) > 0, "no vector was promised"
 
 
 def check_cases() -> None:
