@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from distbn_convert import DistBatchNorm2d, convert_model, revert_model
 from distbn_convert.errors import ConfigurationError
 from distbn_convert.functional import dist_batch_norm
+from distbn_convert.kernels import reference
 
 pytestmark = [
     pytest.mark.usefixtures("backend", "_compiler"),
@@ -166,6 +167,7 @@ def test_compiled_decomposition_is_one_graph_and_equals_eager(
         torch.testing.assert_close(ours, expected, **tolerance(dtype))
 
 
+@pytest.mark.since_torch("2.8", "the compiler makes a graph for each size")
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
 def test_changing_batch_sizes_do_not_compile_anew(impl: str) -> None:
     torch._dynamo.utils.counters.clear()
@@ -242,7 +244,11 @@ class _Results(TorchFunctionMode):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_two_operations_of_the_decomposition_return_its_output(
-    dtype: torch.dtype, layout: str, added: bool, activation: str | None
+    dtype: torch.dtype,
+    layout: str,
+    added: bool,
+    activation: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The compiler of torch 2.11 takes its gradient to be zero if they do.
     input, weight, bias, residual = (
@@ -252,9 +258,24 @@ def test_no_two_operations_of_the_decomposition_return_its_output(
         input = input.contiguous(memory_format=torch.channels_last)
     elif layout == "strided":
         input = torch.stack([input, input], -1)[..., 0]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    settings: Any = (*(None,) * 4, 1e-5, 4, False, activation is not None)
     with _Results() as results:
-        output = call([input, weight, bias, residual], None, vt_world_size=4, impl="decomposed")
+        output, *_ = reference.forward(input, weight, bias, residual, *settings)
     assert output.stride() == torch.empty_like(input).stride()
     memory = output.untyped_storage().data_ptr()
     tensors = [result for result in results.seen if isinstance(result, Tensor)]
     assert [t.untyped_storage().data_ptr() for t in tensors].count(memory) == 1
+
+
+def test_decomposition_is_differentiable_where_a_residual_lies_otherwise() -> None:
+    input = torch.randn(4, 2, 1, 3).requires_grad_()
+    residual = torch.randn(4, 2, 1, 3).to(memory_format=torch.channels_last).requires_grad_()
+    outputs = [
+        dist_batch_norm(input, vt_world_size=2, residual=residual, impl=impl)
+        for impl in ("op", "decomposed")
+    ]
+    assert outputs[0].stride() == outputs[1].stride()
+    upstream = torch.randn(4, 2, 1, 3)
+    gradients = [torch.autograd.grad(o, (input, residual), upstream) for o in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distbn_convert import kernels
+from distbn_convert import DistBatchNorm2d, kernels
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import cpu, native, reference
 
@@ -19,6 +21,13 @@ from .oracle import rank_indices
 WAYS = {"each": 0, "joined": 2**62}
 # On a CPU torch's backward of channels_last adds up in float32, one row after the other.
 EXACT = [case for case in CASES if not (case.channels_last and case.shift > 100)]
+# With one channel, ranks that are not beside it in memory look as if they were.
+ONE_CHANNEL = [
+    Case(shape, 2, channels_last=channels_last, interleaved=interleaved)
+    for shape in ((6, 1, 5, 5), (8, 1), (4, 1, 3), (2, 1, 7))
+    for channels_last in (False, True)
+    for interleaved in (False, True)
+]
 
 
 @pytest.fixture(params=WAYS)
@@ -29,7 +38,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("case", EXACT, ids=str)
+@pytest.mark.parametrize("case", [*EXACT, *ONE_CHANNEL], ids=str)
 def test_agrees_with_the_definition(case: Case) -> None:
     check(case, make(case), native)
 
@@ -133,3 +142,49 @@ def test_output_may_be_changed_in_place(relu: bool, monkeypatch: pytest.MonkeyPa
         (2 * output).sigmoid_().sum().backward()
         if not relu:
             dist_batch_norm(x, partition=partition, **settings).relu_().sum().backward()
+
+
+def test_operator_called_by_name_takes_what_requires_a_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "_BACKENDS", (native, reference))
+    x, weight = torch.randn(8, 6, 5).requires_grad_(), torch.rand(6).requires_grad_()
+    settings = None, 0.1, 1e-5, 4, False, False
+    output, *_ = torch.ops.distbn_convert.batch_norm(x, weight, *(None,) * 4, *settings)
+    torch.testing.assert_close(output, dist_batch_norm(x, weight=weight, vt_world_size=4))
+
+
+@pytest.mark.parametrize("impl", ["auto", "decomposed"])
+def test_exported_layer_trains(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BACKENDS", (native, reference))
+    layer = DistBatchNorm2d(6, vt_world_size=4)
+    layer.impl = impl
+    twin = copy.deepcopy(layer)
+    x = torch.randn(8, 6, 5, 5).to(torch.bfloat16 if impl == "auto" else torch.float32)
+    exported = torch.export.export(twin, (x,), strict=False).module()
+    upstream = torch.randn_like(x)
+    results = []
+    for model in (layer, exported):
+        leaves = [x.clone().requires_grad_(), *model.parameters()]
+        output = model(leaves[0])
+        results.append([output, *torch.autograd.grad(output, leaves, upstream), *model.buffers()])
+    eps = 64 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(*results, rtol=eps, atol=eps)
+
+
+def test_backward_keeps_one_gradient_of_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[Any] = []
+    real = torch.ops.aten.native_batch_norm_backward.default
+
+    def watch(*arguments: Any) -> Any:
+        assert [grad() for grad in alive[:-1]] == [None] * len(alive[:-1])
+        result = real(*arguments)
+        alive.append(weakref.ref(result[0]))
+        return result
+
+    monkeypatch.setattr(torch.ops.aten.native_batch_norm_backward, "default", watch)
+    monkeypatch.setitem(native._LARGE, "cpu", 0)
+    x = torch.randn(8, 6, 5)
+    _, *moments = native.forward(x, *(None,) * 6, 0.1, 1e-5, 4, False, False)
+    native.backward(x, x, *(None,) * 3, *moments, 4, False, False)
+    assert len(alive) == 4

@@ -51,7 +51,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`distbn_convert.kernels.reference.forward`."""
     joins = _joins(input, vt_world_size, interleaved)
-    if joins is None:
+    if joins is None or _is_differentiated(input, weight, bias, residual):
         return reference.forward(
             input,
             weight,
@@ -115,7 +115,7 @@ def backward(
     """See :func:`distbn_convert.kernels.reference.backward`."""
     saved = input, weight, bias, output, mean, rstd
     joins = _joins(input, vt_world_size, interleaved)
-    if joins is None:
+    if joins is None or _is_differentiated(grad_output, input, weight):
         return reference.backward(grad_output, *saved, vt_world_size, interleaved, relu)
     grad_residual = None
     if relu:
@@ -127,21 +127,28 @@ def backward(
     parts, upstreams = way.cut(x), way.cut(arrange_like(x, grad_output, last))
     scale = _repeated(torch.ones_like(mean[0]) if weight is None else weight, parts, mean.dtype)
     vectors = _vectors(mean, parts), _vectors(rstd, parts)
-    gradients = [
+    grad_input, sums = torch.empty_like(x), []
+    results = [None] if joins else way.cut(grad_input)
+    for upstream, part, result, *moments in zip(upstreams, parts, results, *vectors, strict=False):
         # In training neither running statistics nor eps are used.
-        torch.ops.aten.native_batch_norm_backward.default(
+        dx, *both = torch.ops.aten.native_batch_norm_backward.default(
             upstream, part, scale, None, None, *moments, True, 0.0, [True, True, True]
         )
-        for upstream, part, *moments in zip(upstreams, parts, *vectors, strict=False)
-    ]
-    dx, *sums = zip(*gradients, strict=True)
-    grad_input = torch.empty_like(x)
-    if joins:
-        way.put(dx[0], grad_input)
-    else:
-        torch.cat(dx, out=way.whole(grad_input))
-    grad_weight, grad_bias = (torch.cat(t).view(-1, x.shape[1]).sum(0) for t in sums)
+        sums.append(both)
+        if result is None:
+            way.put(dx, grad_input)
+        else:
+            result.copy_(dx)
+    grad_weight, grad_bias = (
+        torch.cat(t).view(-1, x.shape[1]).sum(0) for t in zip(*sums, strict=True)
+    )
     return reference.as_input(grad_input, input), grad_weight, grad_bias, grad_residual
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    """Say whether autograd looks on, as where the operators are called by name; then it must see
+    operations that it knows."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _joins(input: Tensor, vt_world_size: int, interleaved: bool) -> bool | None:
@@ -176,7 +183,8 @@ class _Way(NamedTuple):
             ``Tensor[N / V, V * C, S, 1]``, a copy unless :meth:`views`.
         """
         if self.joins:
-            ranks = self._joined(x)
+            # A single channel, whose stride means nothing, would make a view of what is none.
+            ranks = self._joined(x).contiguous()
             return [self._to_image(ranks.flatten(2) if self.last else ranks.flatten(1, 2))]
         sizes = [size for size in share_sizes(x.shape[0], self.vt_world_size) if size]
         return list(self.whole(x).split(sizes))

@@ -299,16 +299,16 @@ def update_running(
 def as_input(values: Tensor, input: Tensor) -> Tensor:
     """Return ``values`` with the dtype of ``input`` and the strides of a tensor like it.
 
-    By no operation that can return what it was given, as those in place do: torch 2.11's compiler
-    takes the gradient of a result that has two names to be zero. And that of torch 2.6 lets no
-    backward ask for strides, so that to a compiler it is one operation, which costs nothing fused.
+    Differentiable. Where it is compiled it is one copy, which costs nothing fused: the compiler of
+    torch 2.11 takes the gradient of a result that two operations return (as those in place do) to
+    be zero, and that of torch 2.6 lets no backward ask for strides, which are right but for the
+    odd ones of a dimension of size 1.
     """
-    copy = torch.ops.aten.copy.default
     if torch.compiler.is_compiling():
-        return copy(torch.empty_like(input), values)  # type: ignore[no-any-return]
+        return values.to(input.dtype, copy=True)
     if values.dtype != input.dtype:
         values = values.to(input.dtype)
     if values.stride() == input.stride():
         return values
     like = torch.empty_like(input)
-    return values if values.stride() == like.stride() else copy(like, values)
+    return values if values.stride() == like.stride() else like.copy_(values)
