@@ -321,6 +321,11 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
         return (output, mean, rstd), (0, 0, 0)
 
 
+def _is_exporting() -> bool:
+    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def _decomposes(impl: str, input: Tensor) -> bool:
     """Say whether a compiler is given plain operations, and not the operator."""
     return impl == "decomposed" or (impl == "auto" and not has_kernel(input.device, input.dtype))
@@ -376,7 +381,8 @@ def dist_batch_norm(
         impl: ``"op"`` computes with the kernels, which ``torch.compile`` cannot look into;
             ``"decomposed"`` with plain torch operations, which it can fuse with what comes after;
             ``"auto"`` with the kernels where there are some for the input's device and dtype, and
-            under ``torch.compile`` with plain operations elsewhere. Default: ``"auto"``
+            under ``torch.compile`` with plain operations elsewhere, under ``torch.export`` (which
+            keeps no gradient of the kernels) with them always. Default: ``"auto"``
 
     Returns:
         ``Tensor[N, C, *]`` with the dtype and memory format of ``input``. Statistics are
@@ -432,6 +438,9 @@ def dist_batch_norm(
         partition == "interleaved",
         activation is not None,
     )
+    if impl != "op" and _is_exporting():
+        # An exported program keeps no autograd function, and is differentiated as it stands.
+        return reference.forward(input, weight, bias, residual, *rest)[0]
     if torch.compiler.is_compiling():
         function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
         return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]

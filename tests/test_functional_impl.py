@@ -197,15 +197,26 @@ def test_auto_is_the_op_only_where_it_has_a_kernel(backend: str) -> None:
     assert bool(operators_seen(batch, impl="auto")) is (backend == "cpu")
 
 
-def test_exported_training_step_holds_plain_operations() -> None:
+@pytest.mark.since_torch("2.7", "it cannot be told that a program is exported")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "decomposed"])
+def test_exported_layer_holds_plain_operations_and_trains(
+    impl: str, dtype: torch.dtype, strict: bool
+) -> None:
     layer = DistBatchNorm2d(5, vt_world_size=2)
-    layer.impl = "decomposed"
-    input = torch.randn(8, 5, 4, 3)
-    program = torch.export.export(layer, (input,))
-    twin = copy.deepcopy(layer)
+    layer.impl = impl
+    input = torch.randn(8, 5, 4, 3, dtype=dtype)
+    program = torch.export.export(copy.deepcopy(layer), (input,), strict=strict)
     names = {str(node.target) for node in program.graph.nodes}
     assert not any("distbn_convert" in name for name in names)
-    torch.testing.assert_close(program.module()(input), twin(input))
+    upstream, results = torch.randn_like(input), []
+    for model in (layer, program.module()):
+        leaves = [input.clone().requires_grad_(), *model.parameters()]
+        output = model(leaves[0])
+        results.append([output, *torch.autograd.grad(output, leaves, upstream), *model.buffers()])
+    eps = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*results, rtol=eps, atol=eps)
 
 
 def test_layers_have_it_as_an_attribute_that_conversion_keeps() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distbn_convert import DistBatchNorm2d, kernels
+from distbn_convert import kernels
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import cpu, native, reference
 
@@ -152,24 +151,6 @@ def test_operator_called_by_name_takes_what_requires_a_gradient(
     settings = None, 0.1, 1e-5, 4, False, False
     output, *_ = torch.ops.distbn_convert.batch_norm(x, weight, *(None,) * 4, *settings)
     torch.testing.assert_close(output, dist_batch_norm(x, weight=weight, vt_world_size=4))
-
-
-@pytest.mark.parametrize("impl", ["auto", "decomposed"])
-def test_exported_layer_trains(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BACKENDS", (native, reference))
-    layer = DistBatchNorm2d(6, vt_world_size=4)
-    layer.impl = impl
-    twin = copy.deepcopy(layer)
-    x = torch.randn(8, 6, 5, 5).to(torch.bfloat16 if impl == "auto" else torch.float32)
-    exported = torch.export.export(twin, (x,), strict=False).module()
-    upstream = torch.randn_like(x)
-    results = []
-    for model in (layer, exported):
-        leaves = [x.clone().requires_grad_(), *model.parameters()]
-        output = model(leaves[0])
-        results.append([output, *torch.autograd.grad(output, leaves, upstream), *model.buffers()])
-    eps = 64 * torch.finfo(x.dtype).eps
-    torch.testing.assert_close(*results, rtol=eps, atol=eps)
 
 
 def test_backward_keeps_one_gradient_of_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
