@@ -46,10 +46,15 @@ class Clock:
         return [b - a for a, b in pairs]
 
 
+def backend_name(device: str) -> str:
+    """The backend that is measured: "cpu", "gpu", "native" or "reference"."""
+    backend: Any = select_backend(torch.zeros(2, 2, device=device))
+    return str(backend.__name__.rpartition(".")[2])
+
+
 def require_green_tests(device: str) -> None:
     """Run the tests of the backend that is measured; no speed is reported without correctness."""
-    backend = select_backend(torch.zeros(2, 2, device=device)).__name__  # type: ignore[attr-defined]
-    name = f"kernels_{backend.rpartition('.')[2]}" if device == "cpu" else "kernels_gpu_device"
+    name = f"kernels_{backend_name(device)}" if device == "cpu" else "kernels_gpu_device"
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -111,13 +116,12 @@ def record(case: Case, provider: str, kind: str, seconds: list[float]) -> dict[s
 def environment(device: str) -> dict[str, Any]:
     """What a number means nothing without."""
     name = torch.cuda.get_device_name(device) if device != "cpu" else _processor()
-    backend = select_backend(torch.zeros(2, 2, device=device)).__name__  # type: ignore[attr-defined]
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backend": backend.rpartition(".")[2],
+        "backend": backend_name(device),
         "command": " ".join(["python", *sys.argv]),
     }
 

@@ -23,7 +23,8 @@ from typing import Any
 from triton.runtime import interpreter
 
 _place = threading.local()
-_failed = threading.Event()
+# Of this launch, the first first.
+_errors: list[BaseException] = []
 # Triton walks through a function's globals, to which it adds when it first sees another.
 _lock = threading.RLock()
 
@@ -42,7 +43,7 @@ class _Builder(type(interpreter.interpreter_builder)):
     def create_atomic_rmw(self, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
         if not value.data.any():  # adds nothing: a program that waits lets others work
             time.sleep(1e-3)
-            if _failed.is_set():
+            if _errors:
                 raise RuntimeError("another program failed, which this one may wait for")
         return super().create_atomic_rmw(operation, pointer, value, *rest)
 
@@ -80,16 +81,15 @@ def run_all(programs: list[Any], room: int, shuffle: bool) -> None:
         _place.index = index
         try:
             program()
-        except BaseException:
-            _failed.set()
-            raise
+        except BaseException as error:
+            _errors.append(error)
 
-    _failed.clear()
+    _errors.clear()
     with ThreadPoolExecutor(room) as pool:
-        futures = [pool.submit(start, *program) for program in programs]
-    errors = [future.exception() for future in futures]
-    for error in sorted(filter(None, errors), key=lambda error: "another" in str(error)):
-        raise error  # the first cause
+        for program in programs:
+            pool.submit(start, *program)
+    if _errors:
+        raise _errors[0]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
-from distbn_convert import functional, kernels
+from distbn_convert import kernels, operators
 from distbn_convert.errors import ConfigurationError, InputError
 from distbn_convert.functional import dist_batch_norm
 
@@ -168,7 +168,7 @@ def test_relu_gradient_is_the_same_bits_from_the_input_as_from_the_output(
         leaves = [*make_leaves((9, 5, 4, 3), dtype).values()][:3]
         results = []
         for kept in (True, False):
-            monkeypatch.setattr(functional, "keeps_output", lambda *_, kept=kept: kept)
+            monkeypatch.setattr(operators, "keeps_output", lambda *_, kept=kept: kept)
             output = fused(*leaves, None, vt_world_size=4, activation="relu")
             saved = output.grad_fn.saved_tensors
             assert (saved[3] is None) is not kept
@@ -188,11 +188,11 @@ def test_output_is_kept_where_the_input_cannot_tell_what_the_relu_let_through(
     gpu: Any = OnGPU()
     for has_kernel in (True, False):
         monkeypatch.setattr(kernels, "has_kernel", lambda *_, answer=has_kernel: answer)
-        assert functional.keeps_output(gpu, None, True) is not has_kernel
-        assert functional.keeps_output(gpu, residual, True)
-        assert not functional.keeps_output(gpu, None, False)
-    assert functional.keeps_output(cpu, None, True)
-    assert not functional.keeps_output(cpu, residual, False)
+        assert kernels.keeps_output(gpu, None, True) is not has_kernel
+        assert kernels.keeps_output(gpu, residual, True)
+        assert not kernels.keeps_output(gpu, None, False)
+    assert kernels.keeps_output(cpu, None, True)
+    assert not kernels.keeps_output(cpu, residual, False)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

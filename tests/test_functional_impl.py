@@ -20,6 +20,8 @@ from distbn_convert.errors import ConfigurationError
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import reference
 
+from .versions import since_torch
+
 pytestmark = [
     pytest.mark.usefixtures("backend", "_compiler"),
     # Torch's own recorder of graphs gives this.
@@ -167,7 +169,7 @@ def test_compiled_decomposition_is_one_graph_and_equals_eager(
         torch.testing.assert_close(ours, expected, **tolerance(dtype))
 
 
-@pytest.mark.since_torch("2.8", "the compiler makes a graph for each size")
+@since_torch(2, 8, "the compiler makes a graph for each size")
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
 def test_changing_batch_sizes_do_not_compile_anew(impl: str) -> None:
     torch._dynamo.utils.counters.clear()
@@ -197,7 +199,7 @@ def test_auto_is_the_op_only_where_it_has_a_kernel(backend: str) -> None:
     assert bool(operators_seen(batch, impl="auto")) is (backend == "cpu")
 
 
-@pytest.mark.since_torch("2.7", "it cannot be told that a program is exported")
+@since_torch(2, 7, "it cannot be told that a program is exported")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["auto", "decomposed"])

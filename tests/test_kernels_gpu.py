@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,7 @@ from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 
 from .aot import RESNET50, compile_kernel, configurations, kernels_of
 from .kernel_cases import KINDS
-
-
-def version_of(package: str) -> tuple[int, ...]:
-    """Its first two numbers, or none."""
-    if importlib.util.find_spec(package) is None:
-        return ()
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
+from .versions import version_of
 
 needs_triton = pytest.mark.skipif(
     version_of("triton") < (3, 6),

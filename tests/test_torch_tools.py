@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from distbn_convert import DistBatchNorm2d, convert_model, revert_model
 
 from .oracle import rank_indices
+from .versions import since_torch
 
 PARTITIONS = ("contiguous", "interleaved")
 RANKS = 4
@@ -284,7 +285,7 @@ def test_compiled_training_is_one_graph_and_equals_eager(
     assert_compiled_training_equals_eager(model, (12, 12, 12, 12), backend="aot_eager")
 
 
-@pytest.mark.since_torch("2.10", "the compiler makes a second graph")
+@since_torch(2, 10, "the compiler makes a second graph")
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_training_takes_changing_batch_sizes_without_compiling_anew(

@@ -299,10 +299,10 @@ def update_running(
 def as_input(values: Tensor, input: Tensor) -> Tensor:
     """Return ``values`` with the dtype of ``input`` and the strides of a tensor like it.
 
-    Differentiable. Where it is compiled it is one copy, which costs nothing fused: the compiler of
-    torch 2.11 takes the gradient of a result that two operations return (as those in place do) to
-    be zero, and that of torch 2.6 lets no backward ask for strides, which are right but for the
-    odd ones of a dimension of size 1.
+    Differentiable. Where it is compiled it is a copy, which costs nothing fused, with strides as
+    the operations before left them: the compiler of torch 2.11 takes the gradient of a result
+    that two operations return, as those in place do, to be zero, and that of torch 2.6 lets no
+    backward ask for strides.
     """
     if torch.compiler.is_compiling():
         return values.to(input.dtype, copy=True)

@@ -89,7 +89,7 @@ _LIBRARY = torch.library.Library("distbn_convert_cpu", "FRAGMENT")
 
 
 def _pass_autograd_by() -> None:
-    """Let the operators go straight to the kernel: functional.py differentiates, not they."""
+    """Let the operators go straight to the kernel: autograd's functions differentiate, not they."""
     for name in ("forward", "backward"):
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 

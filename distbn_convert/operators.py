@@ -1,0 +1,354 @@
+"""The operators of the operation, and how autograd joins them.
+
+Two operators, ``distbn_convert::batch_norm`` and ``distbn_convert::batch_norm_backward``,
+hand their tensors to a backend of :mod:`distbn_convert.kernels`. They are opaque to
+``torch.compile``. Of the autograd functions that join them, one is for each of eager mode, a
+compiler, a compiler that is given the reference's plain operations instead, and ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .errors import ConfigurationError
+from .kernels import has_kernel, keeps_output, reference, select_backend
+
+__all__ = ["batch_norm"]
+
+_LIBRARY = torch.library.Library("distbn_convert", "DEF")
+_LIBRARY.define(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked,"
+    " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias,"
+    " Tensor? output, Tensor mean, Tensor rstd, int vt_world_size, bool interleaved, bool relu)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _batch_norm(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return select_backend(input).forward(input, *args)
+
+
+def _batch_norm_backward(
+    grad_output: Tensor, input: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return select_backend(input).backward(grad_output, input, *args)
+
+
+def _batch_norm_backward_operator(
+    grad_output: Tensor, input: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An operator cannot return None; 0 elements stand for it."""
+    dx, dw, db, grad_residual = _batch_norm_backward(grad_output, input, *args)
+    return dx, dw, db, input.new_empty((0,)) if grad_residual is None else grad_residual
+
+
+_LIBRARY.impl("batch_norm", _batch_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_norm_backward", _batch_norm_backward_operator, "CompositeExplicitAutograd")
+
+
+def _batch_norm_fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    moments = input.new_empty(
+        (vt_world_size, input.shape[1]), dtype=reference.accumulate_dtype(input.dtype)
+    )
+    return torch.empty_like(input), moments, torch.empty_like(moments)
+
+
+def _batch_norm_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    vt_world_size: int,
+    interleaved: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masked = relu and output is not None
+    grad_residual = torch.empty_like(input) if masked else input.new_empty((0,))
+    sums = mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])
+    return torch.empty_like(input), *sums, grad_residual
+
+
+torch.library.register_fake("distbn_convert::batch_norm", _batch_norm_fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "distbn_convert::batch_norm_backward", _batch_norm_backward_fake, lib=_LIBRARY
+)
+
+_FORWARD = torch.ops.distbn_convert.batch_norm.default
+_BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a mode, a transform, a tracer or a kind of tensor must see the operators.
+
+    Where none does, the backend is called directly: the dispatcher and the way back into
+    Python cost as much as a small layer.
+    """
+    for tensor in tensors:  # a loop, as any() would take longer than all else here
+        if type(tensor) not in _PLAIN_TYPES:
+            return True
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+# input, weight, bias, output, mean, rstd; what the backward does not need is None.
+_Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
+
+
+def _save(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    forward_mode: bool = True,
+) -> None:
+    input, weight, bias, residual = inputs[:4]
+    eps, vt_world_size, interleaved, relu = inputs[8:]
+    saved: _Saved = input, weight, None, None, mean, rstd
+    if relu:
+        kept = output if keeps_output(input, residual, relu) else None
+        saved = input, weight, bias if kept is None else None, kept, mean, rstd
+    ctx.save_for_backward(*saved)
+    if forward_mode:
+        ctx.save_for_forward(*saved)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    ctx.settings = eps, vt_world_size, interleaved, relu
+
+
+def _differentiate(
+    ctx: Any, grad_output: Tensor, compiling: bool, decomposed: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of input, weight, bias and residual."""
+    saved: _Saved = ctx.saved_tensors
+    weight = saved[1]
+    eps, *settings = ctx.settings
+    grads: tuple[Any, ...]
+    if not compiling and torch.is_grad_enabled():
+        grads = _differentiable_gradients(grad_output, saved, eps, *settings)
+    elif decomposed:
+        grads = reference.backward(grad_output, *saved, *settings)
+    elif (
+        compiling
+        or _is_watched(grad_output, saved[0], weight)
+        or not torch._C._has_storage(grad_output)
+    ):
+        # Without memory of its own it is a batch of gradients, which is a Tensor to Python.
+        grads = _BACKWARD(grad_output, *saved, *settings)
+    else:
+        grads = _batch_norm_backward(grad_output, *saved, *settings)
+    grad_weight = None if weight is None else _as(grads[1], weight.dtype)
+    grad_bias = None if ctx.bias_dtype is None else _as(grads[2], ctx.bias_dtype)
+    grad_residual = None
+    if ctx.has_residual:
+        grad_residual = grads[3] if settings[2] else grad_output
+    return grads[0], grad_weight, grad_bias, grad_residual
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs ten times this
+
+
+def _differentiable_gradients(
+    grad_output: Tensor,
+    saved: _Saved,
+    eps: float,
+    vt_world_size: int,
+    interleaved: bool,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients for ``create_graph=True``: to autograd the saved moments are constants."""
+    input, weight, *_, mean, _ = saved
+    if relu:
+        grad_output = reference.mask(grad_output, *saved, interleaved)
+    mean, var = reference.statistics(input.to(mean.dtype), vt_world_size, interleaved)
+    grads = reference.gradients(
+        grad_output, input, weight, mean, torch.rsqrt(var + eps), vt_world_size, interleaved
+    )
+    return grads[0].to(input.dtype), *grads[1:], grad_output
+
+
+def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """Differentiate in forward mode; the Jacobian for the input is a symmetric matrix."""
+    saved: _Saved = ctx.saved_tensors
+    input, weight, *_, mean, rstd = saved
+    _, *partition, relu = ctx.settings
+    channels = (-1,) + (1,) * (input.dim() - 2)
+    result = torch.zeros_like(input, dtype=mean.dtype)
+    if tangents[0] is not None:
+        result = reference.gradients(tangents[0], input, weight, mean, rstd, *partition)[0]
+    if tangents[1] is not None:
+        normalized = reference.normalize(input.to(mean.dtype), mean, rstd, partition[1])
+        result = result + normalized * tangents[1].to(mean.dtype).reshape(channels)
+    if tangents[2] is not None:
+        result = result + tangents[2].to(mean.dtype).reshape(channels)
+    if tangents[3] is not None:
+        result = result + tangents[3].to(mean.dtype)
+    result = result.to(input.dtype)
+    return reference.mask(result, *saved, partition[1]) if relu else result
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The eager path; a third of the overhead of the ``setup_context`` form.
+
+    What takes no gradient comes in one tuple, since each argument costs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = (*arguments[:4], *arguments[4])
+        function = _FORWARD if _is_watched(*inputs[:7]) else _batch_norm
+        output, mean, rstd = function(*inputs)
+        # Outside of dual_level() no tensor has a tangent, and saving for one costs.
+        _save(ctx, inputs, output, mean, rstd, forward_ad._current_level >= 0)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, grad_output, False), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return _push_forward(ctx, tangents)
+
+
+class _TracedBatchNorm(torch.autograd.Function):
+    """The same with ``setup_context``, for ``torch.compile``, which takes no ``jvp``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _FORWARD(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        return *_differentiate(ctx, grad_outputs[0], compiling), *(None,) * 8
+
+
+class _DecomposedBatchNorm(_TracedBatchNorm):
+    """The same in plain operations, for a compiler that fuses them with what comes after."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        return *_differentiate(ctx, grad_outputs[0], compiling, True), *(None,) * 8
+
+
+class _FunctorchBatchNorm(_TracedBatchNorm):
+    """The same under ``torch.func``, with rules for forward mode and vmap."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
+        return _push_forward(ctx, tangents), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        shared_rows = inputs[4] is not None and in_dims[4] is None
+        if shared_rows and in_dims[0] is not None:
+            raise ConfigurationError(
+                "vmap was given a batched input but running statistics that are not batched and "
+                "would be written in place; map over the buffers too, or pass "
+                "running_mean=None and running_var=None."
+            )
+        results = []
+        for index in range(info.batch_size):
+            arguments = [
+                value if dim is None else value.select(dim, index)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            ]
+            if shared_rows and index:  # one batch updates the rows once
+                arguments[4:7] = None, None, None
+            results.append(_FunctorchBatchNorm.apply(*arguments))
+        output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
+        return (output, mean, rstd), (0, 0, 0)
+
+
+def _is_exporting() -> bool:
+    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _decomposes(impl: str, input: Tensor) -> bool:
+    """Say whether a compiler is given plain operations, and not the operator."""
+    return impl == "decomposed" or (impl == "auto" and not has_kernel(input.device, input.dtype))
+
+
+def batch_norm(
+    impl: str,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    """Normalise in the way that ``impl`` and what looks on ask for; differentiable.
+
+    Args:
+        impl: of :func:`~distbn_convert.functional.dist_batch_norm`.
+        input: of :func:`.kernels.reference.forward`, as are the others.
+        weight: likewise.
+        bias: likewise.
+        residual: likewise.
+        rest: what takes no gradient.
+
+    Returns:
+        the output alone.
+    """
+    if impl != "op" and _is_exporting():
+        # An exported program keeps no autograd function, and is differentiated as it stands.
+        return reference.forward(input, weight, bias, residual, *rest)[0]
+    if torch.compiler.is_compiling():
+        function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
+        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+    if impl == "decomposed":
+        return reference.forward(input, weight, bias, residual, *rest)[0]
+    if torch._C._are_functorch_transforms_active():
+        return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
