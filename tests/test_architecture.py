@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"kernels"},
-    {"checks"},
+    {"checks", "operators"},
     {"functional"},
     {"replicas", "processes"},
     {"layers"},
