@@ -25,7 +25,7 @@ class AbsentDevice:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # nothing that is compiled for it is taken for a real one's
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

@@ -2,6 +2,10 @@
 
 It is one program's rows ``begin`` to ``stop`` of a block, read from memory once, kept in the
 input's own dtype and widened whenever it is used, which can halve the registers.
+
+Products are masked, not their factors: a product that two threads exchange to add it up must not
+be fused into the sum, which would leave each with other bits; and the mask is applied once to
+what a thread has added up of adjacent values, not to each.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ def load_moments(x, begin, stop, block, TILE: tl.constexpr):
     count = tl.maximum(stop - begin, 1).to(tl.float32)
     deviation = tl.where(mask, tile.to(tl.float32) - pivot[None, :], 0.0)
     mean = pivot + tl.div_rn(tl.sum(deviation, 0), count)
-    deviation = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
-    return tile, mean, tl.sum(deviation * deviation, 0)
+    deviation = tile.to(tl.float32) - mean[None, :]
+    return tile, mean, tl.sum(tl.where(mask, deviation * deviation, 0.0), 0)
 
 
 @triton.jit
@@ -64,7 +68,8 @@ def load_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
         grad = rectify(grad, transform(tile, affine).to(tile.dtype))
     sum_dy = tl.sum(grad.to(tl.float32), 0)
     centred = tile.to(tl.float32) - affine.mean[None, :]
-    return tile, grad, sum_dy, tl.sum(grad.to(tl.float32) * centred, 0)
+    product = tl.where(mask, grad.to(tl.float32) * centred, 0.0)
+    return tile, grad, sum_dy, tl.sum(product, 0)
 
 
 @triton.jit

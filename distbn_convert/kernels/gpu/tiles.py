@@ -207,7 +207,10 @@ def merge_lanes(mean, m2, count):
     results are ``[CHANNELS]``. Plain sums, so the order is fixed.
     """
     total = tl.maximum(tl.sum(count, 0), 1.0)
-    merged = tl.div_rn(tl.sum(mean * count, 0), total)
+    # Rounded before they are summed. Threads that exchange two products would each fuse their own
+    # into the sum, and go on with different bits.
+    weighted = tl.fma(mean, count, tl.zeros_like(mean))
+    merged = tl.div_rn(tl.sum(weighted, 0), total)
     deviation = mean - merged[None, :]
     return merged, tl.sum(m2 + count * deviation * deviation, 0)
 

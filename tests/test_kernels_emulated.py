@@ -1,0 +1,157 @@
+"""The GPU kernels as the compiler made them, on a GPU in NumPy: right, and in a certain order."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from distbn_convert.kernels import gpu
+from distbn_convert.kernels.gpu.rule import Choice, select_kernel
+
+from .emulator import Launch, emulated_device
+from .kernel_cases import (
+    CASES,
+    KINDS,
+    Case,
+    check,
+    check_nan,
+    check_underflow,
+    compute,
+    force,
+    make,
+)
+from .versions import version_of
+
+if version_of("triton") < (3, 6):
+    pytest.skip("triton is not installed, or older than 3.6", allow_module_level=True)
+
+from distbn_convert.kernels.gpu import launch
+
+# Of the programs that wait for one, all of a slab must run at once.
+ROOM = 40
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    with emulated_device(ROOM) as launches:
+        yield launches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_kernels_agree_with_the_definition(
+    kind: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    for case in CASES:
+        monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
+        torch.manual_seed(0)
+        check(case, make(case))
+    check_nan()
+    check_underflow()
+    assert len(launches) >= 2 * len(CASES)
+
+
+def of_resnet50(channels: int) -> Callable[..., Choice]:
+    """The rule's choice for that many channels and 8 ranks, whatever a smaller batch has."""
+
+    def choose(**given: Any) -> Choice:
+        choice = select_kernel(**given | {"channels": channels, "vt_world_size": 8})
+        slabs = -(-given["channels"] // choice.channels) * given["vt_world_size"]
+        return choice._replace(depth=min(choice.depth, slabs))
+
+    return choose
+
+
+# Tensors moved to and from memory by the forward and the backward: what is read twice counts
+# twice, although the second read is meant to come from L2.
+HELD, SWEPT = (2, 3), (3, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels", "side", "last", "dtype", "epilogue", "kinds", "moved"),
+    [
+        (64, 56, False, "bf16", "none", ["cooperative", "cooperative"], HELD),
+        (64, 112, False, "bf16", "none", ["cooperative", "ticketed"], (2, 5)),
+        (128, 28, False, "fp32", "relu", ["cooperative", "cooperative"], HELD),
+        (256, 14, False, "bf16", "add+relu", ["resident", "resident"], (3, 5)),
+        (512, 7, False, "fp32", "none", ["resident", "resident"], HELD),
+        (512, 28, True, "bf16", "none", ["ticketed", "ticketed"], SWEPT),
+        (1024, 14, True, "fp32", "relu", ["ticketed", "ticketed"], SWEPT),
+        (512, 7, True, "bf16", "none", ["resident", "ticketed"], (2, 5)),
+        (2048, 7, True, "bf16", "add+relu", ["loop", "loop"], (4, 7)),
+    ],
+)
+def test_layers_of_resnet50_move_what_is_counted(
+    channels: int,
+    side: int,
+    last: bool,
+    dtype: str,
+    epilogue: str,
+    kinds: list[str],
+    moved: tuple[int, int],
+    launches: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tiles of 256 images over 8 ranks, on some of the channels of two of the ranks."""
+    monkeypatch.setattr(launch, "select_kernel", of_resnet50(channels))
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    shape = 64, (128 // kind.itemsize if last else 2), side, side
+    residual, relu = epilogue.startswith("add"), epilogue.endswith("relu")
+    case = Case(shape, 2, channels_last=last, dtype=kind, residual=residual, relu=relu)
+    check(case, make(case))
+    assert [one.program.name.split("_")[0] for one in launches] == kinds
+    sectors = torch.Size(shape).numel() * kind.itemsize / 32
+    for one, tensors in zip(launches, moved, strict=True):
+        every = [count for tensor in one.memory.sectors.values() for count in tensor.values()]
+        large = sum(count for count in every if count >= sectors / 2)
+        # The first value is read apart; where rows of a channel are not whole sectors, both
+        # warps at an edge ask for the one between them, the second of L1 or L2.
+        whole = last or side * side * kind.itemsize % 32 == 0
+        assert tensors <= large / sectors < tensors * (1.01 if whole else 1.4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "error"),
+    [
+        # Programs and threads that do not wait for each other.
+        ("cooperative", r"\.gpu\.release", ".gpu.relaxed", "a read races with a write"),
+        ("cooperative", r"\.gpu\.acquire", ".gpu.relaxed", "a read races with a write"),
+        ("ticketed", r"\.gpu\.acq_rel", ".gpu.relaxed", "a read races with a write"),
+        ("ticketed", r"\.gpu\.acquire", ".gpu.relaxed", "a read races with a write"),
+        ("resident", r"\tbar\.sync \t0;", "", "shared memory"),
+        # Lanes that the mask should have kept out.
+        ("resident", r"@%p\d+ (st\.global)", r"\1", "outside their tensor|two writes race"),
+    ],
+)
+def test_what_the_kernels_need_is_found_missing(
+    kind: str, before: str, after: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(**given: Any) -> Choice:
+        return force(kind)(**given)._replace(warps=4)
+
+    monkeypatch.setattr(launch, "select_kernel", choose)
+    case = Case((32, 4, 5, 5), channels_last=kind != "cooperative")
+
+    def edit(text: str) -> str:
+        changed = re.sub(before, after, text)
+        assert changed != text
+        return changed
+
+    with emulated_device(ROOM) as launches:
+        compute(gpu, case, make(case))
+    assert len(launches) == 2
+    with emulated_device(ROOM, edit), pytest.raises((RuntimeError, IndexError), match=error):
+        compute(gpu, case, make(case))
