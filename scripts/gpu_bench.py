@@ -6,7 +6,7 @@ ours and ``F.batch_norm``'s, and of the bytes that must be moved (forward: read 
 backward: read x and dy, write dx) at the bandwidth of a copy measured in the same run. The same
 for a forward with its ReLU. Each layer is also timed with fewer of the kernels that wait
 (``ENABLED``), and with ours switched off (``off_ms``). Then a ResNet-50 training step. A table
-comes last, each bar met or missed.
+comes last, each bar met or missed, beside what ``gpu_predict.py`` predicted.
 
 ``python scripts/gpu_bench.py RESULTS.json compiled`` times that step under ``torch.compile``
 instead, plain and with each ``impl``: it decides what ``impl="auto"`` should be on a GPU. It is
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_table import BARS, Row, render, render_compiled, summarize
+from gpu_table import BARS, Row, predictions, render, render_compiled, summarize
 from torch import Tensor, nn
 from triton.testing import do_bench
 
@@ -155,13 +155,15 @@ def time_layers(bandwidth: float) -> list[Row]:
     wanted: dict[tuple[str, str], set[str]] = {}
     for bar in BARS:
         wanted.setdefault((bar.dtype, bar.layout), set()).add(bar.what)
-    rows = []
+    rows, predicted = [], predictions()
     for (dtype, layout), passes in wanted.items():
         for (channels, side), count in LAYERS.items():
             x = torch.randn(SAMPLES, channels, side, side, device=DEVICE, dtype=DTYPES[dtype])
             x = x.to(memory_format=LAYOUTS[layout])
             what = {"layout": layout, "dtype": dtype, "channels": channels, "side": side}
-            rows += [{**what, "count": count, **row} for row in time_layer(x, passes, bandwidth)]
+            for row in time_layer(x, passes, bandwidth):
+                key = dtype, layout, row["pass"], str(channels), str(side)
+                rows.append({**what, "count": count, **row, "predicted": predicted[key]})
     return rows
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -31,6 +33,17 @@ BARS = [
     *(Bar("bf16", layout, "relu forward", 0.5, 1.3) for layout in ("contiguous", "channels_last")),
 ]
 STEP_BAR = 1.0
+# Written by gpu_predict.py, before anything was measured.
+PREDICTIONS = Path(__file__).with_name("gpu_predictions.csv")
+
+
+def predictions() -> dict[tuple[str, ...], float]:
+    """The predicted time over the floor, by dtype, layout, pass, channels and side."""
+    with PREDICTIONS.open(encoding="utf-8") as file:
+        keys = "dtype", "layout", "pass", "channels", "side"
+        return {
+            tuple(row[key] for key in keys): float(row["predicted"]) for row in csv.DictReader(file)
+        }
 
 
 def summarize(rows: list[Row]) -> list[Row]:
@@ -40,6 +53,10 @@ def summarize(rows: list[Row]) -> list[Row]:
     for bar in BARS:
         layers = [row for row in rows if (row["dtype"], row["layout"], row["pass"]) == bar[:3]]
         total = {name: math.fsum(row["count"] * row[name] for row in layers) for name in names}
+        total["predicted"] = (
+            math.fsum(row["count"] * row["floor_ms"] * row["predicted"] for row in layers)
+            / total["floor_ms"]
+        )
         summary.append({"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, **total})
     return summary
 
@@ -54,14 +71,14 @@ def render(summary: list[Row], steps: Row, title: str) -> str:
     lines = [
         title,
         f"{'':34}{'ms':>8}{'ticketed':>9}{'unaided':>8}{'off':>8}{'plain':>8}  {'/ plain':22}"
-        "/ floor",
+        f"{'/ floor':22}predicted",
     ]
     for bar, row in zip(BARS, summary, strict=True):
         ratios = row["ms"] / row["plain_ms"], row["ms"] / row["floor_ms"]
         verdicts = verdict(ratios[0], bar.plain), verdict(ratios[1], bar.floor)
         times = f"{row['ms']:8.2f}{row['ticketed_ms']:9.2f}{row['unaided_ms']:8.2f}"
         times += f"{row['off_ms']:8.2f}{row['plain_ms']:8.2f}"
-        lines.append(f"{bar.name:34}{times}  {verdicts[0]}  {verdicts[1]}".rstrip())
+        lines.append(f"{bar.name:34}{times}  {verdicts[0]}  {verdicts[1]}{row['predicted']:11.2f}")
     ours, plain = steps["converted_ms"], steps["plain_ms"]
     times = f"{ours:8.1f}{'':25}{plain:8.1f}"
     name = "ResNet-50 step, bf16 channels_last"

@@ -33,6 +33,7 @@ from .kernel_cases import (
     Case,
     check,
     check_nan,
+    check_tiny,
     check_underflow,
     cloned,
     compute,
@@ -125,6 +126,7 @@ def check_cases() -> None:
         check_margins()
     check_nan()
     check_underflow()
+    check_tiny()
 
 
 @triton.jit

@@ -174,6 +174,18 @@ def check_underflow(
     assert not ours["dweight"].any()
 
 
+def check_tiny(
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu
+) -> None:
+    """A variance below the smallest normal float32 is not taken for zero."""
+    x = place(torch.randn(6, 2, 5) * 1e-20)
+    rows = [None] * 5
+    _, _, ours = backend.forward(x, *rows, None, None, 0.0, 2, False, False)
+    _, _, exact = reference.forward(x.double(), *rows, None, None, 0.0, 2, False, False)
+    assert 1e19 < exact.min() < exact.max() < 1e21
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=0)
+
+
 def force(kind: str) -> Callable[..., Choice]:
     """A rule that always takes one kernel, with tiles so small that every loop turns."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -22,7 +23,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield
-    for name in ("gpu_bench", "gpu_table"):
+    for name in ("gpu_bench", "gpu_predict", "gpu_table"):
         sys.modules.pop(name, None)
 
 
@@ -40,6 +41,7 @@ def bench(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.import_module("gpu_bench")
     small = {"DEVICE": "cpu", "SAMPLES": 4, "RANKS": 2, "SIDE": 32, "STEPS": 1}
     small |= {"LAYERS": {(8, 3): 53}, "COPIED": 2**10, "median_ms": once_ms}
+    small["predictions"] = lambda: {(*bar[:3], "8", "3"): 1.5 for bar in module.BARS}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     return module
@@ -115,15 +117,52 @@ def test_table_says_of_each_bar_whether_it_is_met() -> None:
     rows = [
         {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
         | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5}
-        | {"off_ms": 2.5, "floor_ms": 0.75}
+        | {"off_ms": 2.5, "floor_ms": 0.75, "predicted": 1.1}
         for bar in table.BARS
         for count in (50, 3)
     ]
     text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
     lines = text.splitlines()
-    first = (
-        "   53.00    66.25   79.50  132.50  106.00    0.50 <= 0.60 met       1.33 <= 1.25 MISSED"
-    )
+    times = "   53.00    66.25   79.50  132.50  106.00"
+    first = f"{times}    0.50 <= 0.60 met       1.33 <= 1.25 MISSED       1.10"
     assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
     last = f"    11.0{'':25}    10.0    1.10 <= 1.00 MISSED"
     assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"
+
+
+@pytest.mark.slow
+def test_predictions_are_of_the_kernels_as_they_are(scripts: None) -> None:
+    """Of one layer for each kind of kernel; with another compiler they would be others."""
+    triton = pytest.importorskip("triton")
+    predict, table = (importlib.import_module(name) for name in ("gpu_predict", "gpu_table"))
+    with table.PREDICTIONS.open(encoding="utf-8") as file:
+        kept = list(csv.DictReader(file))
+    assert len(kept) == len(table.BARS) * len(predict.RESNET50)
+    assert len(table.predictions()) == len(kept)
+    if kept[0]["triton"] != triton.__version__:
+        pytest.skip(f"predicted with Triton {kept[0]['triton']}, this is {triton.__version__}")
+    bars = {bar[:3]: bar for bar in table.BARS}
+    first = {row["kernel"]: row for row in kept}
+    assert first.keys() == {"resident", "cooperative", "loop", "split", "ticketed"}
+    for row in first.values():
+        bar = bars[row["dtype"], row["layout"], row["pass"]]
+        again = predict.predict(bar, int(row["channels"]), int(row["side"]))
+        assert {name: str(value) for name, value in again.items()} == row
+
+
+def test_what_machine_code_executes_is_told_from_what_it_holds(scripts: None) -> None:
+    pytest.importorskip("triton")
+    predict = importlib.import_module("gpu_predict")
+    lines = [
+        "FADD R1, R2, R3", "FCHK P0, R1, R2", "@!P0 BRA 0x50", "MOV R5, R6", "CALL.REL 0xf0",
+        "LDG.E.EF.128 R4, [R2.64]", *["FADD R8, R4, R8"] * 6, "@P1 BRA 0x50", "FADD R9, R7, R9",
+        "EXIT", "MUFU.RCP R1, R1", "NOP",
+    ]  # fmt: skip
+    text = "\n".join(f"        /*{16 * at:04x}*/   {line} ;" for at, line in enumerate(lines))
+    code = predict.read(text)
+    assert [line for _, line in code.body] == [*lines[:3], *lines[5:-2]]
+    assert code.loops == []  # too short to be more than a wait
+    latency = predict.latency(predict.Program(code.part(0, 1 << 12), 1))
+    assert latency > predict.FROM_MEMORY
+    fast = predict.Program(code.part(0, 1 << 12), 1, predict.FROM_L2)
+    assert latency - predict.latency(fast) == predict.FROM_MEMORY - predict.FROM_L2

@@ -20,6 +20,7 @@ from .kernel_cases import (
     Case,
     check,
     check_nan,
+    check_tiny,
     check_underflow,
     compute,
     force,
@@ -60,6 +61,7 @@ def test_compiled_kernels_agree_with_the_definition(
         check(case, make(case))
     check_nan()
     check_underflow()
+    check_tiny()
     assert len(launches) >= 2 * len(CASES)
 
 

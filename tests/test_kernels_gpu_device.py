@@ -25,6 +25,7 @@ from .kernel_cases import (
     Case,
     check,
     check_nan,
+    check_tiny,
     check_underflow,
     compute,
     force,
@@ -156,6 +157,7 @@ def test_relu_treats_nan_and_underflow_as_torch_does(
     monkeypatch.setattr(launch, "select_kernel", force(kind))
     check_nan(cuda)
     check_underflow(cuda)
+    check_tiny(cuda)
 
 
 def repeat(case: Case) -> int:

@@ -14,7 +14,7 @@ from distbn_convert import kernels
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import cpu, native, reference
 
-from .kernel_cases import CASES, Case, check, check_nan, check_underflow, make
+from .kernel_cases import CASES, Case, check, check_nan, check_tiny, check_underflow, make
 from .oracle import rank_indices
 
 WAYS = {"each": 0, "joined": 2**62}
@@ -46,6 +46,7 @@ def test_agrees_with_the_definition(case: Case) -> None:
 def test_relu_treats_nan_and_underflow_as_torch_does() -> None:
     check_nan(backend=native)
     check_underflow(backend=native)
+    check_tiny(backend=native)
 
 
 @pytest.mark.usefixtures("way")

@@ -29,6 +29,11 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     return wide.astype(np.result_type(a, b))
 
 
+def _inverse_root(a: Array) -> Array:
+    """Return ``1 / sqrt(a)``; what is too small for full precision counts as zero."""
+    return np.float32(1) / np.sqrt(np.where(np.abs(a) < np.finfo(np.float32).tiny, 0 * a, a))
+
+
 def _extract(a: Array, start: Array, length: Array) -> Array:
     """Bits from ``start`` on; of a signed number, the last one is its sign."""
     assert (length > 0).all()
@@ -125,6 +130,8 @@ def _function(kind: str, how: list[str], dtype: str) -> tuple[Any, list[str], st
     """Return an instruction as a function, the types of its arguments and of its result."""
     if kind in _UNARY and (not how or kind == "cvta"):
         return _UNARY[kind], [dtype], dtype
+    if (kind, dtype, how) == ("rsqrt", "f32", ["ftz"]):
+        return _inverse_root, ["f32"], "f32"
     if (kind, dtype, how) == ("add", "s16x2", []):
         return _add_halves, ["b32"] * 2, "b32"
     if kind in _BINARY and not how:

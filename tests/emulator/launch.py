@@ -44,6 +44,7 @@ class Launch:
         values += [np.uint64(0)] * (len(program.parameters) - len(values))
         self.parameters = dict(zip(program.parameters, values, strict=True))
 
+    @np.errstate(all="ignore")  # a device says nothing of a division by zero either
     def run(self) -> None:
         """Run all programs, which start in order and take turns at random."""
         places = enumerate(np.ndindex(*self.grid[::-1]))

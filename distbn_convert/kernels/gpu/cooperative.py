@@ -23,14 +23,17 @@ from .held import differentiate_tile, load_gradients, load_moments, normalize_ti
 from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
 from .tiles import (
     corrections,
+    divide,
     finish,
-    load_affine,
+    load_parameters,
+    load_running,
     load_saved,
     locate,
+    make_affine,
     rstd_of,
     store_sums,
 )
-from .waiting import announce, await_count, take_ticket
+from .waiting import announce, await_count, counter_of, take_ticket
 
 __all__ = ["cooperative_backward", "cooperative_forward"]
 
@@ -38,8 +41,9 @@ __all__ = ["cooperative_backward", "cooperative_forward"]
 @triton.jit
 def take_piece(sync, splits):
     """Return a slab and which of its pieces."""
-    ticket = take_ticket(sync, tl.num_programs(0) // splits)
-    return ticket // splits, ticket % splits
+    ticket = take_ticket(sync)
+    slab = divide(ticket, splits)
+    return slab, ticket - slab * splits
 
 
 @triton.jit
@@ -50,8 +54,9 @@ def exchange(partials, first, second, sync, slab, splits, split, begin, stop, bl
     would keep them in registers beside the tile: one more program fits on a multiprocessor.
     """
     store_partials(partials, first, second, split, block)
-    announce(sync + slab)
-    zero = await_count(sync + slab, splits) >> 30
+    counter = counter_of(sync, slab)
+    announce(counter)
+    zero = await_count(counter, splits) >> 30
     return begin + zero, stop + zero
 
 
@@ -72,7 +77,7 @@ def cooperative_forward(
     residual,  # as x, or None
     statistics,
     partials,  # [splits, 2, V, C] float32: mean and sum of squared deviations
-    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    sync,  # [1 + slabs] int32, zero: tickets, arrivals at each slab
     size,  # rows of a piece, at most TILE.ROWS
     splits,
     channels,
@@ -87,14 +92,16 @@ def cooperative_forward(
     slab, split = take_piece(sync, splits)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
+    parameters = load_parameters(weight, bias, block)
     tile, mean, m2 = load_moments(x, begin, stop, block, TILE)
     begin, stop = exchange(partials, mean, m2, sync, slab, splits, split, begin, stop, block)
     mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
-    if split == 0:
-        finish(mean, m2, block, statistics)
     rstd = rstd_of(detach(m2), block, statistics)
-    affine = load_affine(weight, bias, detach(mean), rstd, block)
+    affine = make_affine(parameters, detach(mean), rstd)
     normalize_tile(tile, y, residual, affine, begin, stop, block, TILE)
+    if split == 0:
+        running = load_running(statistics, block)
+        finish(mean, m2, rstd_of(m2, block, statistics), running, block, statistics)
 
 
 @triton.jit(
@@ -113,7 +120,7 @@ def cooperative_backward(
     sum_dy_out,  # [V, C] float32: each rank's share of dbias
     sum_dy_x_out,  # [V, C] float32: and of dweight
     partials,  # [splits, 2, V, C] float32: the two sums of each piece
-    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    sync,  # [1 + slabs] int32, zero: tickets, arrivals at each slab
     size,  # rows of a piece, at most TILE.ROWS
     splits,
     channels,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import lane_offset, place, rectify, row_offset, transform
+from .tiles import lane_offset, place, reciprocal, rectify, row_offset, transform
 
 __all__ = ["differentiate_tile", "load_gradients", "load_moments", "normalize_tile"]
 
@@ -28,9 +28,9 @@ def load_moments(x, begin, stop, block, TILE: tl.constexpr):
     first = x + row_offset(begin, block, TILE) + lane_offset(block, TILE)
     seen = block.lanes < tl.where(begin < stop, block.channels, 0)
     pivot = tl.load(first, mask=seen, other=0.0).to(tl.float32)
-    count = tl.maximum(stop - begin, 1).to(tl.float32)
+    part = reciprocal(tl.maximum(stop - begin, 1).to(tl.float32))
     deviation = tl.where(mask, tile.to(tl.float32) - pivot[None, :], 0.0)
-    mean = pivot + tl.div_rn(tl.sum(deviation, 0), count)
+    mean = pivot + tl.sum(deviation, 0) * part
     deviation = tile.to(tl.float32) - mean[None, :]
     return tile, mean, tl.sum(tl.where(mask, deviation * deviation, 0.0), 0)
 

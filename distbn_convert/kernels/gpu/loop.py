@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import corrections, finish, load_affine, load_saved, locate, store_sums
+from .tiles import (
+    corrections,
+    finish,
+    load_parameters,
+    load_running,
+    load_saved,
+    locate,
+    make_affine,
+    rstd_of,
+    store_sums,
+)
 
 __all__ = ["loop_backward", "loop_forward"]
 
@@ -33,9 +43,11 @@ def loop_forward(
     """Normalise each rank's share."""
     program = tl.program_id(0)
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    parameters, running = load_parameters(weight, bias, block), load_running(statistics, block)
     mean, m2 = lane_moments(x, 0, block.total, block, TILE)
-    rstd = finish(mean, m2, block, statistics)
-    affine = load_affine(weight, bias, mean, rstd, block)
+    rstd = rstd_of(m2, block, statistics)
+    finish(mean, m2, rstd, running, block, statistics)
+    affine = make_affine(parameters, mean, rstd)
     normalize_rows(x, y, residual, affine, 0, block.total, block, TILE)
 
 

@@ -31,7 +31,7 @@ def store_partials(partials, first, second, split, block):
 
 @triton.jit
 def load_partials(partials, which: tl.constexpr, splits, block, SPLITS: tl.constexpr):
-    """Return the first or second number of all pieces ``[SPLITS, CHANNELS]``, and a mask.
+    """Return the first or second number of all pieces ``[SPLITS, CHANNELS]``, zeros behind them.
 
     From L2 (``.cg``), where the programs of the same launch that wrote them can be seen.
     """
@@ -39,26 +39,23 @@ def load_partials(partials, which: tl.constexpr, splits, block, SPLITS: tl.const
     mask = (split < splits)[:, None] & block.valid[None, :]
     cells = block.vt_world_size.to(tl.int64) * block.channels
     offsets = (split[:, None] * 2 + which) * cells + block.cells[None, :]
-    return tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg"), mask
+    return tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def merge_pieces(partials, splits, size, block, SPLITS: tl.constexpr):
     """Return mean and sum of squared deviations of a share, its pieces in a fixed order."""
     # One kind of number after the other: together they cost a program its registers.
-    m2, mask = load_partials(partials, 1, splits, block, SPLITS)
-    within = tl.sum(m2, 0)
-    mean, _ = load_partials(partials, 0, splits, block, SPLITS)
+    within = tl.sum(load_partials(partials, 1, splits, block, SPLITS), 0)
+    mean = load_partials(partials, 0, splits, block, SPLITS)
     split = tl.arange(0, SPLITS).to(block.total.dtype)
-    count = tl.minimum(tl.maximum(block.total - split * size, 0), size)
-    count = tl.where(mask, count.to(tl.float32)[:, None], 0.0)
-    mean, between = merge_lanes(mean, tl.zeros_like(mean), count)
+    count = tl.minimum(tl.maximum(block.total - split * size, 0), size).to(tl.float32)
+    mean, between = merge_lanes(mean, tl.zeros_like(mean), count, block.total.to(tl.float32))
     return mean, within + between
 
 
 @triton.jit
 def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
     """Return both sums of a share, its pieces in a fixed order."""
-    first, _ = load_partials(partials, 0, splits, block, SPLITS)
-    second, _ = load_partials(partials, 1, splits, block, SPLITS)
-    return tl.sum(first, 0), tl.sum(second, 0)
+    first = tl.sum(load_partials(partials, 0, splits, block, SPLITS), 0)
+    return first, tl.sum(load_partials(partials, 1, splits, block, SPLITS), 0)

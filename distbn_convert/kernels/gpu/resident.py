@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from .held import differentiate_tile, load_gradients, load_moments, normalize_tile
-from .tiles import corrections, finish, load_affine, load_saved, locate, store_sums
+from .tiles import (
+    corrections,
+    finish,
+    load_parameters,
+    load_running,
+    load_saved,
+    locate,
+    make_affine,
+    rstd_of,
+    store_sums,
+)
 
 __all__ = ["resident_backward", "resident_forward"]
 
@@ -32,9 +42,16 @@ def resident_forward(
     """Normalise, with exact two-pass statistics."""
     program = tl.program_id(0)
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    running = load_running(statistics, block)
+    # Of many channels, these would take the registers that hold the tile.
+    if not TILE.LAST:
+        parameters = load_parameters(weight, bias, block)
     tile, mean, m2 = load_moments(x, 0, block.total, block, TILE)
-    rstd = finish(mean, m2, block, statistics)
-    affine = load_affine(weight, bias, mean, rstd, block)
+    rstd = rstd_of(m2, block, statistics)
+    finish(mean, m2, rstd, running, block, statistics)
+    if TILE.LAST:
+        parameters = load_parameters(weight, bias, block)
+    affine = make_affine(parameters, mean, rstd)
     normalize_tile(tile, y, residual, affine, 0, block.total, block, TILE)
 
 

@@ -32,6 +32,9 @@ _MAX_WARPS = 16
 # A program that holds the values of twice these warps has a multiprocessor to itself, so that
 # nothing is moved there while it makes its sums.
 _HELD_WARPS = 8
+# Values of a cooperative piece, and of how many it takes larger ones.
+_PIECE_TILES = (4096, 8192, 16384)
+_FEW_PIECES = 16
 # At most this part of the multiprocessors waits for one program; see :mod:`.cooperative`.
 _WAITING_PART = 4
 # Values; a multiple of what a thread and a cache line of memory hold.
@@ -48,7 +51,7 @@ _MAX_SPLITS = 128
 _LIVE_PROGRAMS = 396
 _MAX_DEPTH = 16
 # Fewer tiles than this in a piece do not pay for a ticket and an arrival.
-_PIECE_TILES = 4
+_LEAST_TILES = 4
 
 
 class Choice(NamedTuple):
@@ -109,7 +112,12 @@ def select_kernel(
     warps = _HELD_WARPS if ENABLED and not channels_last else _MAX_WARPS
     for width in widths:
         if rows * width <= held * 32 * warps:
-            return Choice("resident", rows, width, _resident_warps(rows * width, backward))
+            # What a program does once it does in every warp, so that few warps with many values
+            # take the fewest instructions. Values moved one by one take registers for addresses.
+            each = 32
+            if vector == 1:
+                each = 8 if backward else 64 // itemsize
+            return Choice("resident", rows, width, _resident_warps(rows * width // each))
     loop = _loop(widths, values, itemsize, backward, channels_last, channels, vt_world_size)
     ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
     if channels_last:
@@ -127,21 +135,34 @@ def _cooperative(
     residual: bool,
     multiprocessors: int,
 ) -> Choice | None:
-    """Choose the smallest pieces of which few enough make a share, or none."""
+    """Choose pieces of which few enough make a share, or none.
+
+    Small pieces leave less of their tiles empty; many of them wait for each other longer.
+    """
     if "cooperative" not in ENABLED:
         return None
-    for each in range(32, held + 1, 32):
-        pieces = -(-values // (each * 32 * _HELD_WARPS))
-        size = -(-values // (pieces * _ALIGNMENT)) * _ALIGNMENT
-        splits = -(-values // size)
-        if splits <= multiprocessors // _WAITING_PART:
-            # Four or three programs on a multiprocessor, of wider values two: as many bytes.
-            registers = 80 if backward else 64
-            if each > 32 or vector == 1 or (itemsize == 4 and (backward or residual)):
-                registers = 128
-            rows = _power_of_two(size)
-            return Choice("cooperative", rows, 1, _HELD_WARPS, splits, size, 0, registers)
+    most = multiprocessors // _WAITING_PART
+    for few in (min(_FEW_PIECES, most), most):
+        for tile in _PIECE_TILES:
+            warps = tile // (32 * held)
+            size = -(-values // (-(-values // tile) * _ALIGNMENT)) * _ALIGNMENT
+            splits = -(-values // size)
+            if splits <= few and warps <= _HELD_WARPS:
+                registers = _registers(backward or residual, held, itemsize, vector)
+                return Choice(
+                    "cooperative", _power_of_two(size), 1, warps, splits, size, 0, registers
+                )
     return None
+
+
+def _registers(two: bool, held: int, itemsize: int, vector: int) -> int:
+    """Return the most registers of a thread of a cooperative kernel that do not spill.
+
+    ``two`` is whether it moves two tensors at once.
+    """
+    if held > 32 or vector == 1 or (two and itemsize == 4):
+        return 128
+    return 80 if two else 64
 
 
 def _ticketed(
@@ -168,8 +189,11 @@ def _ticketed(
             continue
         tile = _piece_tile(width, itemsize)
         wanted = min(-(-3 * _LIVE_PROGRAMS // (4 * depth - 2)), _MAX_SPLITS)
-        size = max(-(-values // (wanted * tile)), _PIECE_TILES) * tile
-        return Choice("ticketed", tile, width, 8, -(-values // size), size, depth, 128)
+        size = max(-(-values // (wanted * tile)), _LEAST_TILES) * tile
+        # Three programs on a multiprocessor, or two where that would spill.
+        registers = 128 if backward and width > 1 and itemsize == 2 else 80
+        splits = -(-values // size)
+        return Choice("ticketed", tile, width, 8, splits, size, depth, registers)
     return None
 
 
@@ -230,10 +254,9 @@ def _channel_widths(channels: int, itemsize: int) -> list[int]:
     return sorted({min(every, size // itemsize) for size in (128, 64, 32)}, reverse=True)
 
 
-def _resident_warps(values: int, backward: bool) -> int:
-    """Return warps of 16 values a thread, 8 in the backward, which keeps two tensors."""
-    wanted = values // (32 * (8 if backward else 16))
-    return min(max(wanted, 1), _MAX_WARPS)
+def _resident_warps(threads: int) -> int:
+    """Return the warps of as many threads, or what there may be."""
+    return min(max(threads // 32, 1), _MAX_WARPS)
 
 
 def _fits_l2(share: int, programs: int) -> bool:

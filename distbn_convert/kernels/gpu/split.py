@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .pieces import merge_pieces, piece_of, store_partials
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import corrections, finish, load_row, load_saved, locate
+from .tiles import corrections, finish, load_row, load_running, load_saved, locate, rstd_of
 
 __all__ = [
     "merge_moments",
@@ -60,8 +60,9 @@ def merge_moments(
     """Merge the pieces of each share and update the running statistics."""
     program = tl.program_id(0)
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    running = load_running(statistics, block)
     mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
-    finish(mean, m2, block, statistics)
+    finish(mean, m2, rstd_of(m2, block, statistics), running, block, statistics)
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])

@@ -40,8 +40,7 @@ def lane_moments(x, begin, stop, block, TILE: tl.constexpr):
         m2 += deviation * (deviation - step)
     behind = begin + tl.arange(0, TILE.ROWS)
     count = tl.maximum(stop - behind + TILE.ROWS - 1, 0) // TILE.ROWS
-    count = tl.where(block.valid[None, :], count.to(tl.float32)[:, None], 0.0)
-    return merge_lanes(mean, m2, count)
+    return merge_lanes(mean, m2, count.to(tl.float32), (stop - begin).to(tl.float32))
 
 
 @triton.jit

@@ -19,8 +19,20 @@ import triton.language as tl
 
 from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import corrections, finish, load_row, load_saved, locate, store_sums
-from .waiting import announce, arrive, await_count, take_ticket
+from .tiles import (
+    corrections,
+    divide,
+    finish,
+    load_parameters,
+    load_row,
+    load_running,
+    load_saved,
+    locate,
+    make_affine,
+    rstd_of,
+    store_sums,
+)
+from .waiting import announce, arrive, await_count, counter_of, take_ticket
 
 __all__ = ["ticketed_backward", "ticketed_forward"]
 
@@ -32,9 +44,9 @@ def take_turn(sync, splits, depth):
     Phases of ``splits`` tickets: gather slabs 0 to ``depth - 1``, then apply one and gather one
     in turn, then apply the last ``depth``.
     """
-    slabs = tl.num_programs(0) // (2 * splits)
-    ticket = take_ticket(sync, slabs)
-    phase = ticket // splits
+    ticket = take_ticket(sync)
+    slabs = divide(tl.num_programs(0), 2 * splits)
+    phase = divide(ticket, splits)
     after = tl.maximum(phase - depth, 0)
     paired = after < 2 * (slabs - depth)
     gathers = (phase < depth) | (paired & (after % 2 == 1))
@@ -56,7 +68,7 @@ def ticketed_forward(
     residual,  # as x, or None
     statistics,
     partials,  # [splits, 2, V, C] float32: mean and sum of squared deviations
-    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    sync,  # [1 + slabs] int32, zero: tickets, arrivals at each slab
     size,  # rows of a piece
     splits,
     depth,  # slabs between the two visits, at most all
@@ -72,17 +84,20 @@ def ticketed_forward(
     gathers, slab, split = take_turn(sync, splits, depth)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    counter = sync + slab
+    counter = counter_of(sync, slab)
     if gathers:
         mean, m2 = lane_moments(x, begin, stop, block, TILE)
         store_partials(partials, mean, m2, split, block)
         if arrive(counter) == splits - 1:
+            running = load_running(statistics, block)
             mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
-            finish(mean, m2, block, statistics)
+            finish(mean, m2, rstd_of(m2, block, statistics), running, block, statistics)
             announce(counter)
     else:
+        parameters = load_parameters(weight, bias, block)
         await_count(counter, splits + 1)
-        affine, _ = load_saved(weight, bias, statistics.mean, statistics.rstd, block)
+        mean, rstd = load_row(statistics.mean, block), load_row(statistics.rstd, block)
+        affine = make_affine(parameters, mean, rstd)
         normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
 
 
@@ -104,7 +119,7 @@ def ticketed_backward(
     sum_dy_out,  # [V, C] float32: each rank's share of dbias
     sum_dy_x_out,  # [V, C] float32: and of dweight
     partials,  # [splits, 2, V, C] float32: the two sums of each piece
-    sync,  # [slabs + 1] int32, zero: arrivals at each slab, tickets
+    sync,  # [1 + slabs] int32, zero: tickets, arrivals at each slab
     size,  # rows of a piece
     splits,
     depth,  # slabs between the two visits, at most all
@@ -120,7 +135,7 @@ def ticketed_backward(
     gathers, slab, split = take_turn(sync, splits, depth)
     block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
-    counter = sync + slab
+    counter = counter_of(sync, slab)
     if gathers:
         affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
         sum_dy, sum_dy_x = lane_gradients(
@@ -132,8 +147,8 @@ def ticketed_backward(
             store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
             announce(counter)
     else:
-        await_count(counter, splits + 1)
         affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
+        await_count(counter, splits + 1)
         sum_dy, sum_dy_x = load_row(sum_dy_out, block), load_row(sum_dy_x_out, block)
         mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
         if output is not None:

@@ -23,15 +23,19 @@ __all__ = [
     "Statistics",
     "Tile",
     "corrections",
+    "divide",
     "finish",
     "lane_offset",
-    "load_affine",
+    "load_parameters",
     "load_row",
+    "load_running",
     "load_saved",
     "locate",
+    "make_affine",
     "make_tile",
     "merge_lanes",
     "place",
+    "reciprocal",
     "rectify",
     "row_offset",
     "rstd_of",
@@ -135,11 +139,18 @@ class Affine(NamedTuple):
 
 
 @triton.jit
+def divide(number, by):
+    """Return the quotient of two int32 that are not negative, in a third fewer instructions."""
+    return (number.to(tl.uint32) // by.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def locate(program, channels, positions, quotient, remainder, vt_world_size, TILE: tl.constexpr):
     """Return the block of that program."""
     blocks = tl.cdiv(channels, TILE.CHANNELS)
-    rank = (program // blocks).to(tl.int64)
-    lanes = program % blocks * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)
+    rank = divide(program, blocks)
+    lanes = (program - rank * blocks) * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)
+    rank = rank.to(tl.int64)
     if TILE.INTERLEAVED:
         first = rank
     else:
@@ -200,33 +211,69 @@ def place(row, stop, block, TILE: tl.constexpr):
 
 
 @triton.jit
-def merge_lanes(mean, m2, count):
+def reciprocal(count):
+    """Return ``1 / count`` of a float32, rounded as IEEE does or one unit off.
+
+    An approximation and one step of Newton's: IEEE's division branches, which keeps what is
+    around it from being interleaved, and here takes some 12 instructions for each channel.
+    """
+    approximate = 1.0 / count
+    return tl.fma(approximate, tl.fma(-count, approximate, 1.0), approximate)
+
+
+@triton.jit
+def inverse_root(value):
+    """Return ``1 / sqrt(value)`` of a float32 likewise; of zero, infinity."""
+    # The approximation takes what is too small for full precision for zero.
+    small = value < 2.0**-100
+    value = tl.where(small, value * 2.0**100, value)
+    approximate = tl.rsqrt(value)
+    error = tl.fma(-(value * approximate), approximate, 1.0)
+    refined = tl.fma(0.5 * approximate, error, approximate)
+    root = tl.where(refined == refined, refined, approximate)
+    return tl.where(small, root * 2.0**50, root)
+
+
+@triton.jit
+def merge_lanes(mean, m2, count, total):
     """Merge moments along axis 0 by the formula of Chan, Golub and LeVeque (1979).
 
-    ``mean``, ``m2`` (sum of squared deviations) and ``count`` are ``[LANES, CHANNELS]``; the
-    results are ``[CHANNELS]``. Plain sums, so the order is fixed.
+    ``mean`` and ``m2`` (sum of squared deviations) are ``[LANES, CHANNELS]`` of ``count``
+    ``[LANES]`` values, together ``total``; the results are ``[CHANNELS]``. Plain sums, so the
+    order is fixed.
     """
-    total = tl.maximum(tl.sum(count, 0), 1.0)
     # Rounded before they are summed. Threads that exchange two products would each fuse their own
     # into the sum, and go on with different bits.
-    weighted = tl.fma(mean, count, tl.zeros_like(mean))
-    merged = tl.div_rn(tl.sum(weighted, 0), total)
+    weighted = tl.fma(mean, count[:, None], tl.zeros_like(mean))
+    merged = tl.sum(weighted, 0) * reciprocal(tl.maximum(total, 1.0))
     deviation = mean - merged[None, :]
-    return merged, tl.sum(m2 + count * deviation * deviation, 0)
+    return merged, tl.sum(m2 + count[:, None] * deviation * deviation, 0)
 
 
 @triton.jit
 def rstd_of(m2, block, statistics):
     """Return a rank's ``1 / sqrt(var + eps)``."""
-    # div_rn and sqrt_rn round as IEEE does; the operators are approximate on the device.
-    var = tl.div_rn(m2, tl.maximum(block.total, 1).to(tl.float32))
-    return tl.div_rn(1.0, tl.sqrt_rn(var + statistics.eps))
+    var = m2 * reciprocal(tl.maximum(block.total, 1).to(tl.float32))
+    return inverse_root(var + statistics.eps)
 
 
 @triton.jit
-def finish(mean, m2, block, statistics):
-    """Store a rank's mean and rstd, move its running statistics, return rstd."""
-    rstd = rstd_of(m2, block, statistics)
+def load_running(statistics, block):
+    """Return the running mean and variance ``[CHANNELS]`` in float32; zeros if there are none."""
+    mean = tl.zeros_like(block.lanes).to(tl.float32)
+    var = mean
+    if statistics.running_mean is not None:
+        mean = tl.load(statistics.running_mean + block.cells, mask=block.valid, other=0.0)
+        var = tl.load(statistics.running_var + block.cells, mask=block.valid, other=0.0)
+    return mean.to(tl.float32), var.to(tl.float32)
+
+
+@triton.jit
+def finish(mean, m2, rstd, running, block, statistics):
+    """Store a rank's mean and rstd, and its running statistics, which were ``running``.
+
+    Those are loaded long before, so that nothing waits for them here.
+    """
     tl.store(statistics.mean + block.cells, mean, mask=block.valid)
     tl.store(statistics.rstd + block.cells, rstd, mask=block.valid)
     if statistics.running_mean is not None:
@@ -234,19 +281,18 @@ def finish(mean, m2, block, statistics):
             factor = tl.div_rn(1.0, tl.load(statistics.counts + block.rank).to(tl.float32))
         else:
             factor = statistics.momentum
-        unbiased = tl.div_rn(m2, tl.maximum(block.total - 1, 1).to(tl.float32))
-        average_into(statistics.running_mean, mean, factor, block)
-        average_into(statistics.running_var, unbiased, factor, block)
-    return rstd
+        unbiased = m2 * reciprocal(tl.maximum(block.total - 1, 1).to(tl.float32))
+        old_mean, old_var = running
+        store_average(statistics.running_mean, old_mean, mean, factor, block)
+        store_average(statistics.running_var, old_var, unbiased, factor, block)
 
 
 @triton.jit
-def average_into(running, batch, factor, block):
-    """Move a rank's row of ``running`` towards ``batch``; a rank with no samples keeps it."""
+def store_average(rows, old, batch, factor, block):
+    """Move a rank's row from ``old`` towards ``batch``; a rank with no samples keeps it."""
     mask = block.lanes < tl.where(block.total > 0, block.channels, 0)
-    old = tl.load(running + block.cells, mask=mask, other=0.0).to(tl.float32)
     new = old * (1 - factor) + batch * factor
-    tl.store(running + block.cells, new.to(running.dtype.element_ty), mask=mask)
+    tl.store(rows + block.cells, new.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -259,23 +305,30 @@ def load_row(rows, block):
 
 
 @triton.jit
-def load_affine(weight, bias, mean, rstd, block):
-    """Return what turns the block's input into its output."""
-    scale = rstd
-    shift = tl.zeros_like(rstd)
+def load_parameters(weight, bias, block):
+    """Return weight and bias ``[CHANNELS]`` in float32; one and zero where there is none."""
+    gamma = tl.full(block.lanes.shape, 1.0, tl.float32)
+    beta = tl.zeros_like(gamma)
     if weight is not None:
-        gamma = tl.load(weight + block.lanes, mask=block.valid, other=0.0)
-        scale = rstd * gamma.to(tl.float32)
+        gamma = tl.load(weight + block.lanes, mask=block.valid, other=0.0).to(tl.float32)
     if bias is not None:
-        shift = tl.load(bias + block.lanes, mask=block.valid, other=0.0).to(tl.float32)
-    return Affine(mean, scale, shift)
+        beta = tl.load(bias + block.lanes, mask=block.valid, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def make_affine(parameters, mean, rstd):
+    """Return what turns the block's input into its output."""
+    gamma, beta = parameters
+    return Affine(mean, rstd * gamma, beta)
 
 
 @triton.jit
 def load_saved(weight, bias, mean, rstd, block):
-    """Return :func:`load_affine` of what the forward saved, and rstd ``[CHANNELS]``."""
+    """Return :func:`make_affine` of what the forward saved, and rstd ``[CHANNELS]``."""
     rows = load_row(rstd, block)
-    return load_affine(weight, bias, load_row(mean, block), rows, block), rows
+    parameters = load_parameters(weight, bias, block)
+    return make_affine(parameters, load_row(mean, block), rows), rows
 
 
 @triton.jit
@@ -288,8 +341,8 @@ def store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block):
 @triton.jit
 def corrections(sum_dy, sum_dy_x, rstd, block):
     """Return what is taken from ``dy``, and how much of ``x - mean``, to make ``dx / scale``."""
-    count = tl.maximum(block.total, 1).to(tl.float32)
-    return tl.div_rn(sum_dy, count), tl.div_rn(sum_dy_x, count) * rstd
+    part = reciprocal(tl.maximum(block.total, 1).to(tl.float32))
+    return sum_dy * part, sum_dy_x * part * rstd
 
 
 @triton.jit

@@ -4,7 +4,8 @@ A *slab*, one rank's share of a block of channels, is cut into ``splits`` pieces
 tickets, and a ticket's number says which piece its program works on: pieces are thereby dealt in
 the order in which programs start, and the order of ``program_id`` is not relied upon.
 
-Why what is read is what was written: ``sync`` holds one counter for each slab.
+Why what is read is what was written: ``sync`` holds the number of tickets taken, then one counter
+for each slab.
 
 1. A program stores the partial results of its piece; ``debug_barrier`` orders the stores of all its
    threads before the one thread that counts the piece as stored (``release``, gpu scope).
@@ -24,14 +25,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["announce", "arrive", "await_count", "take_ticket"]
+__all__ = ["announce", "arrive", "await_count", "counter_of", "take_ticket"]
 
 
 @triton.jit
-def take_ticket(sync, slabs):
-    """Return how many programs of this launch have started before; counted after the slabs."""
+def take_ticket(sync):
+    """Return how many programs of this launch have started before."""
     # No order is needed beyond that of this one counter.
-    return tl.atomic_add(sync + slabs, 1, sem="relaxed")
+    return tl.atomic_add(sync, 1, sem="relaxed")
+
+
+@triton.jit
+def counter_of(sync, slab):
+    """Return where what has been stored for a slab is counted."""
+    return sync + 1 + slab
 
 
 @triton.jit
