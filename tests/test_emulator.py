@@ -101,6 +101,7 @@ FLOATS = [
     ("neg.f32 %r9, %r8;", lambda x: -x),
     ("fma.rn.f32 %r9, %r8, %r8, %r8;", lambda x: (x.double() * x.double() + x.double()).float()),
     ("div.rn.f32 %r9, %r8, 0f40400000;", lambda x: x / 3),
+    ("div.full.f32 %r9, %r8, %r8;", lambda x: x / x * (1 + 2.0**-22)),
     ("sqrt.rn.f32 %r9, %r8;", lambda x: x.double().sqrt().float()),
     ("max.f32 %r9, %r8, 0f00000000;", lambda x: torch.fmax(x, torch.zeros(()))),
     ("max.NaN.f32 %r9, %r8, 0f00000000;", lambda x: torch.maximum(x, torch.zeros(()))),

@@ -1,7 +1,7 @@
 """What instructions compute from registers alone.
 
 Semantics are those of NVIDIA's "Parallel Thread Execution ISA". Floating point rounds as IEEE
-does, also where a device approximates; a fused multiplication and addition is rounded to float64
+does, except where a device approximates; a fused multiplication and addition is rounded to float64
 first. What is not known here raises: an instruction is never skipped.
 """
 
@@ -88,8 +88,9 @@ _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
 }
 Compute = Callable[[Any], tuple[Array, ...]]
 _WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
-# Approximate on a device, and exact here.
-_ROUNDING = {"rn", "full", "approx"}
+# What a device approximates is off by two units here, always the same way.
+_APPROXIMATE = {"full", "approx"}
+_ERROR = np.float32(1 + 2.0**-22)
 
 
 def arithmetic(
@@ -104,11 +105,11 @@ def arithmetic(
         return _convert(modifiers, operands)
     if kind == "createpolicy":
         return lambda state: (np.uint64(0),), [writer(operands[0], "b64")]
-    modifiers = [each for each in modifiers if each not in _ROUNDING]
-    *how, dtype = modifiers
+    error = _ERROR if _APPROXIMATE & set(modifiers) else None
+    *how, dtype = (each for each in modifiers if each not in {"rn"} | _APPROXIMATE)
     target, *sources = operands
     if kind == "setp":
-        assert len(how) == 1, f"setp.{'.'.join(modifiers)} is not known"
+        assert len(how) == 1, f"setp.{'.'.join(how)} is not known"
         compare = _COMPARE[how[0]]
         a, b = (reader(source, dtype) for source in sources)
         return lambda state: (compare(a(state), b(state)),), [writer(target, "pred")]
@@ -121,7 +122,8 @@ def arithmetic(
     readers = [reader(source, each) for source, each in zip(sources, types, strict=True)]
 
     def compute(state: Any) -> tuple[Array, ...]:
-        return (function(*(read(state) for read in readers)),)
+        value = function(*(read(state) for read in readers))
+        return (value if error is None else value * error,)
 
     return compute, [writer(target, result)]
 

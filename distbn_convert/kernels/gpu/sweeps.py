@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import merge_lanes, place, rectify, transform
+from .tiles import merge_lanes, place, reciprocal, rectify, transform
 
 __all__ = ["differentiate_rows", "lane_gradients", "lane_moments", "normalize_rows"]
 
@@ -35,7 +35,7 @@ def lane_moments(x, begin, stop, block, TILE: tl.constexpr):
         ahead = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
         deviation = tl.where(valid, value.to(tl.float32) - mean, 0.0)
         met += 1.0
-        step = deviation * (1.0 / met)
+        step = deviation * reciprocal(met)
         mean += step
         m2 += deviation * (deviation - step)
     behind = begin + tl.arange(0, TILE.ROWS)
