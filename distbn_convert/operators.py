@@ -311,8 +311,11 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
 
 
 def _is_exporting() -> bool:
-    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell.
+
+    The flag itself: to the compiler of torch 2.11, ``is_exporting()`` is whether it traces at all.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def _decomposes(impl: str, input: Tensor) -> bool:
