@@ -8,9 +8,9 @@ code. Three things bound a layer, N=256, V=8, on an H100:
 - latency: a program's loads, barriers and exchanges follow each other, and registers limit how
   many programs share a multiprocessor.
 
-The largest of the three over the time of the bytes that must be moved is the prediction, and a
-lower bound: all three are taken to overlap perfectly. Written to ``gpu_predictions.csv`` beside
-this file, which ``gpu_bench.py`` puts beside its measurements.
+The largest of the three over the time of the bytes that must be moved is the prediction. It is on
+the low side: all three are taken to overlap perfectly, and latencies are estimates. Written to
+``gpu_predictions.csv`` beside this file, which ``gpu_bench.py`` puts beside its measurements.
 """
 
 from __future__ import annotations
@@ -53,9 +53,17 @@ class Code(NamedTuple):
     body: list[tuple[int, str]]
     loops: list[tuple[int, int]]
 
-    def part(self, start: int, stop: int) -> list[str]:
-        """The instructions from one address up to another."""
-        return [text for address, text in self.body if start <= address < stop]
+    def part(self, start: int, stop: float, turns: int = 1) -> list[str]:
+        """The instructions from one address up to another, loops so many times."""
+        repeated = {
+            first: [text for at, text in self.body if first <= at <= last] * (turns - 1)
+            for first, last in self.loops
+        }
+        texts: list[str] = []
+        for address, text in self.body:
+            if start <= address < stop:
+                texts += [*repeated.get(address, ()), text]
+        return texts
 
 
 class Program(NamedTuple):
@@ -99,26 +107,17 @@ def branches(body: list[tuple[int, str]]) -> list[tuple[int, int]]:
 def programs_of(code: Code, choice: Choice, share: Share) -> list[Program]:
     """What the programs of a launch execute, loops unrolled."""
     slabs = share.slabs(choice.channels)
-    if not code.loops:
-        return [Program(code.part(0, 1 << 40), slabs * choice.splits)]
+    pieces = slabs * choice.splits
     turns = -(-(choice.size or share.values) // choice.rows)
-    spans = []
-    for start, stop in code.loops:
-        spans.append(code.part(start, stop + 1) * turns)
-    first, last = code.loops[0], code.loops[-1]
-    before, after = code.part(0, first[0]), code.part(last[1] + 1, 1 << 40)
     if choice.kind != "ticketed":
-        middle = code.part(first[1] + 1, last[0]) if len(spans) > 1 else []
-        every = before + spans[0] + middle + (spans[1] if len(spans) > 1 else []) + after
-        return [Program(every, slabs * choice.splits)]
+        return [Program(code.part(0, math.inf, turns), pieces)]
     # Gathering: up to the arrival, and for the last to arrive, up to the announcement.
     arrival, announcement = (
         max(address for address, text in code.body if word in text) for word in ("ATOMG", "REDG")
     )
-    pieces = slabs * choice.splits
-    gather = before + spans[0] + code.part(first[1] + 1, arrival)
+    gather = code.part(0, arrival, turns)
     merge = code.part(arrival, announcement)
-    apply = before + code.part(announcement, last[0]) + spans[1] + after
+    apply = code.part(0, code.loops[0][0]) + code.part(announcement, math.inf, turns)
     return [Program(gather, pieces), Program(merge, slabs), Program(apply, pieces, FROM_L2)]
 
 
