@@ -77,8 +77,8 @@ def dist_batch_norm(
             keeps no gradient of the kernels) with them always. Default: ``"auto"``
 
     Returns:
-        ``Tensor[N, C, *]`` with the dtype and memory format of ``input``. Statistics are
-        computed in float32, for float64 input in float64.
+        ``Tensor[N, C, *]`` with the dtype of ``input``, channels_last if that is, else contiguous,
+        as torch's. Statistics are computed in float32, for float64 input in float64.
 
     Raises:
         ConfigurationError: ``vt_world_size``, ``momentum``, ``eps``, ``partition``,

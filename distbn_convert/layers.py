@@ -293,7 +293,7 @@ class DistBatchNorm2d(DistBatchNormMixin, nn.BatchNorm2d):
             :func:`~distbn_convert.functional.dist_batch_norm`; set it after construction.
             Default: ``"auto"``
 
-    Shape: ``Tensor[N, C, H, W]``, output alike, with the memory format of the input.
+    Shape: ``Tensor[N, C, H, W]``, output alike; channels_last if the input is, else contiguous.
 
     Raises:
         ConfigurationError: a setting has a value that is not allowed.

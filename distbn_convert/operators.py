@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .errors import ConfigurationError
 from .kernels import has_kernel, keeps_output, reference, select_backend
+from .kernels.layout import in_torch_format
 
 __all__ = ["batch_norm"]
 
@@ -344,6 +345,7 @@ def batch_norm(
     Returns:
         the output alone.
     """
+    input = in_torch_format(input)
     if impl != "op" and _is_exporting():
         # An exported program keeps no autograd function, and is differentiated as it stands.
         return reference.forward(input, weight, bias, residual, *rest)[0]

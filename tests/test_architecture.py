@@ -28,6 +28,7 @@ FLOORS = [
     {"checkpoint", "models", "samplers", "sync"},
     {"population", "integrations"},
     {"cli"},
+    {"__main__"},
 ]
 # Third-party package -> where alone it may be imported.
 HOMES = {
@@ -112,3 +113,9 @@ def test_importing_stays_cheap(code: str, absent: list[str]) -> None:
 def test_no_file_has_outgrown_its_room() -> None:
     lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    command = [sys.executable, "-m", "distbn_convert", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"distbn-convert, version {distbn_convert.__version__}\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -393,6 +394,26 @@ def test_memory_format_propagates_as_in_the_plain_module(case: Case, training: b
             assert results[0]["output"].stride() == results[1]["output"].stride()
             assert results[0]["output"].is_contiguous(memory_format=formats[0])
             torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["auto", "op", "decomposed"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if str(case.id).split("-")[0] in ("BatchNorm1d", "BatchNorm2d")]
+)
+def test_what_can_be_viewed_after_batch_norm_can_be_after_ours(case: Case, impl: str) -> None:
+    """Whatever the order of the input's axes in memory, and where it has gaps."""
+    ours, plain = make_pair(case, True)
+    ours.impl = impl
+    shape = make_input(case, True).shape
+    for order in itertools.permutations(range(len(shape))):
+        memory = torch.randn([shape[axis] for axis in order], dtype=torch.float64)
+        dense = memory.permute([order.index(axis) for axis in range(len(shape))])
+        for input in (dense, torch.stack((dense, dense), -1)[..., 0], dense[:1].expand(shape)):
+            outputs = [layer(input) for layer in (ours, plain)]
+            torch.testing.assert_close(*outputs, rtol=1e-11, atol=1e-11)
+            wanted = [size != 1 for size in shape]
+            strides = [list(itertools.compress(out.stride(), wanted)) for out in outputs]
+            assert strides[0] == strides[1], (order, input.stride())
 
 
 @pytest.mark.skipif(not ERROR_CASES, reason="this torch lists no error inputs for BatchNorm")

@@ -1,11 +1,23 @@
-"""Two memory layouts, to which the backends bring every other: channels second, or last."""
+"""Two memory layouts, to which every other is brought: channels second, or last."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-__all__ = ["arrange", "arrange_like"]
+__all__ = ["arrange", "arrange_like", "in_torch_format"]
+
+
+def in_torch_format(input: Tensor) -> Tensor:
+    """Return ``input`` in the memory format that torch's batch norm gives its output.
+
+    That is channels_last if the strides have that order, else contiguous, so that what can be
+    viewed after batch norm can be after ours. Differentiable.
+    """
+    if input.is_contiguous():
+        return input
+    return input.contiguous(memory_format=suggest_memory_format(input))
 
 
 def arrange(input: Tensor) -> tuple[Tensor, bool]:
