@@ -5,8 +5,10 @@ a bar (``gpu_table.py``) and each pass: the sum over the 53 layers of the median
 ours and ``F.batch_norm``'s, and of the bytes that must be moved (forward: read x, write y;
 backward: read x and dy, write dx) at the bandwidth of a copy measured in the same run. The same
 for a forward with its ReLU. Each layer is also timed with fewer of the kernels that wait
-(``ENABLED``), and with ours switched off (``off_ms``). Then a ResNet-50 training step. A table
-comes last, each bar met or missed, beside what ``gpu_predict.py`` predicted.
+(``ENABLED``), and with ours switched off (``off_ms``); ``copy_ms`` is a copy that moves as many
+bytes, which takes a launch as they do. Then a ResNet-50 training step. A table comes last, each bar
+met or missed, beside what ``gpu_predict.py`` predicted. What was measured before an interruption is
+kept.
 
 ``python scripts/gpu_bench.py RESULTS.json compiled`` times that step under ``torch.compile``
 instead, plain and with each ``impl``: it decides what ``impl="auto"`` should be on a GPU. It is
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +34,6 @@ import torch.nn.functional as F
 import triton
 from gpu_table import BARS, Row, predictions, render, render_compiled, summarize
 from torch import Tensor, nn
-from triton.testing import do_bench
 
 from distbn_convert import DistBatchNorm2d, convert_model
 from distbn_convert.functional import dist_batch_norm
@@ -44,7 +46,13 @@ from tests.resnet import resnet50
 # A test without a GPU makes these small.
 DEVICE, SAMPLES, RANKS, SIDE, STEPS = "cuda", 256, 8, 224, 10
 LAYERS = RESNET50
-COPIED = 256 * 2**20
+# Bytes that the copy moves which the floor is taken from.
+COPIED = 2**30
+# Bytes written before each call, so that it finds nothing in L2.
+CLEARED = 256 * 2**20
+# Some half a millisecond, in which the host gets ahead of the device.
+SLEPT_CYCLES = 1_000_000
+REPEATS = 30
 # Times of a layer, and which kernels that wait may be chosen for each.
 ENABLED = {
     "ms": rule.WAITING,
@@ -56,14 +64,32 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def median_ms(function: Callable[[], Any]) -> float:
-    return float(do_bench(function, warmup=5, rep=30, return_mode="median"))
+    """Milliseconds that the device takes for a call, the median, with nothing in its caches.
+
+    It sleeps before each, until the host has asked for the whole call: else small layers would be
+    timed as Python runs.
+    """
+    cleared = torch.empty(CLEARED, dtype=torch.int8, device=DEVICE)
+    for _ in range(3):  # compiles, and fills the allocator
+        function()
+    events = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cleared.zero_()
+        torch.cuda._sleep(SLEPT_CYCLES)
+        start.record()
+        function()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per millisecond that a copy reads and writes."""
-    source = torch.empty(COPIED, device=DEVICE, dtype=torch.bfloat16)
+def copy_ms(nbytes: int) -> float:
+    """Milliseconds of a copy that moves that many bytes, half of them read and half written."""
+    source = torch.empty(nbytes // 4, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source))
+    return median_ms(lambda: target.copy_(source))
 
 
 def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
@@ -108,7 +134,8 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
         row: Row = {"pass": name, "off_ms": off_ms[name], "plain_ms": plain_ms[name]}
         for what, kind, ms in zip(ENABLED, kinds, times, strict=True):
             row |= {what: ms[name], what.replace("ms", "kernel"): kind[name.split()[-1]]}
-        row["floor_ms"] = (3 if name == "backward" else 2) * x.nbytes / bandwidth
+        moved = (3 if name == "backward" else 2) * x.nbytes
+        row |= {"floor_ms": moved / bandwidth, "copy_ms": copy_ms(moved)}
         rows.append(row)
     return rows
 
@@ -150,12 +177,12 @@ def time_passes(function: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> t
     return forward, backward
 
 
-def time_layers(bandwidth: float) -> list[Row]:
+def time_layers(bandwidth: float) -> Iterator[Row]:
     """Time what the bars ask for."""
     wanted: dict[tuple[str, str], set[str]] = {}
     for bar in BARS:
         wanted.setdefault((bar.dtype, bar.layout), set()).add(bar.what)
-    rows, predicted = [], predictions()
+    predicted = predictions()
     for (dtype, layout), passes in wanted.items():
         for (channels, side), count in LAYERS.items():
             x = torch.randn(SAMPLES, channels, side, side, device=DEVICE, dtype=DTYPES[dtype])
@@ -163,8 +190,7 @@ def time_layers(bandwidth: float) -> list[Row]:
             what = {"layout": layout, "dtype": dtype, "channels": channels, "side": side}
             for row in time_layer(x, passes, bandwidth):
                 key = dtype, layout, row["pass"], str(channels), str(side)
-                rows.append({**what, "count": count, **row, "predicted": predicted[key]})
-    return rows
+                yield {**what, "count": count, **row, "predicted": predicted[key]}
 
 
 def make_model(norm: str) -> nn.Module:
@@ -223,33 +249,38 @@ def machine() -> Row:
     }
 
 
-def run_layers(where: Row) -> tuple[Row, str]:
-    """Time the layers and the step; results and table."""
-    bandwidth = copy_bandwidth()
-    layers = time_layers(bandwidth)
+def run_layers(results: Row) -> str:
+    """Time the layers and the step; the table."""
+    bandwidth = results["copy_bytes_per_ms"] = COPIED / copy_ms(COPIED)
+    layers = results["layers"] = []
+    for row in time_layers(bandwidth):
+        layers.append(row)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    steps = {"converted_ms": time_step("op"), "plain_ms": time_step("plain")}
-    summary = summarize(layers)
+    steps = results["step"] = {"converted_ms": time_step("op"), "plain_ms": time_step("plain")}
+    summary = results["summary"] = summarize(layers)
+    where = results["machine"]
     title = (
         f"{where['device']}, torch {where['torch']}, triton {where['triton']}, "
         f"copy {bandwidth / 1e9:.2f} TB/s, N={SAMPLES}, V={RANKS}, sum over 53 layers"
     )
-    results = {"copy_bytes_per_ms": bandwidth, "summary": summary, "step": steps, "layers": layers}
-    return results, render(summary, steps, title)
+    return render(summary, steps, title)
 
 
-def run_compiled() -> tuple[Row, str]:
-    """Time the step under torch.compile; results and table."""
-    steps = {norm: time_step(norm, compiled=True) for norm in ("plain", "op", "decomposed")}
-    return {"compiled_step_ms": steps}, render_compiled(steps)
+def run_compiled(results: Row) -> str:
+    """Time the step under torch.compile; the table."""
+    steps = results["compiled_step_ms"] = {}
+    for norm in ("plain", "op", "decomposed"):
+        steps[norm] = time_step(norm, compiled=True)
+    return render_compiled(steps)
 
 
 def main(path: str, what: str = "layers") -> None:
-    where = machine()
-    results, table = run_compiled() if what == "compiled" else run_layers(where)
-    results = {"machine": where, "samples": SAMPLES, "ranks": RANKS, **results}
-    Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results: Row = {"machine": machine(), "samples": SAMPLES, "ranks": RANKS}
+    try:
+        table = (run_compiled if what == "compiled" else run_layers)(results)
+    finally:
+        Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table)
 
 

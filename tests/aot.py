@@ -24,7 +24,7 @@ STATISTICS = {
     "rstd": "*fp32",
     "running_mean": "*fp32",
     "running_var": "*fp32",
-    "counts": None,
+    "counts": "*i64",
     "momentum": "fp32",
     "eps": "fp32",
 }

@@ -1,28 +1,42 @@
-"""Compile the GPU kernels through Triton's own dispatch, for a device that is not there.
+"""Compile the GPU kernels through Triton's own dispatch, with nothing launched.
 
-``python -m tests.dispatched``: arguments are bound, specialised and compiled as a call on sm_90
-would, and nothing is launched. Ahead-of-time compilation goes around that path.
+``python -m tests.dispatched``: a few of each, for a device that is not there: arguments are bound,
+specialised and compiled as a call on sm_90 would. Ahead-of-time compilation goes around that path.
+
+``python -m tests.dispatched 3 12``: the fourth twelfth of what the tests on a device and
+``scripts/gpu_bench.py`` need, so that all cores compile it into Triton's cache, for the device that
+is there.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from distbn_convert.kernels import gpu
-from distbn_convert.kernels.gpu import launch
+from distbn_convert.kernels.gpu import launch, rule
 
-from .kernel_cases import CASES, KINDS, compute, force, make
+from .aot import RESNET50
+from .kernel_cases import CASES, KINDS, Case, compute, force, make
+
+_SELECT, _NARROW, _ENABLED = launch.select_kernel, launch._NARROW, rule.ENABLED
 
 
 class AbsentDevice:
     """What Triton asks of a driver before it launches."""
 
+    capability = 90
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return -1  # nothing that is compiled for it is taken for a real one's
@@ -31,7 +45,66 @@ class AbsentDevice:
         return 0
 
 
-def main() -> None:
+def run_case(kind: str, case: Case) -> None:
+    """What a kernel of that kind compiles for a case."""
+    launch.select_kernel, launch._NARROW = force(kind), 0 if case.wide else _NARROW
+    compute(gpu, case, make(case))
+    launch.select_kernel, launch._NARROW = _SELECT, _NARROW
+
+
+def run_batch(
+    shape: tuple[int, ...],
+    ranks: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    settings: tuple[bool, bool, bool] = (False, False, False),
+    enabled: frozenset[str] = _ENABLED,
+) -> None:
+    """What the rule's choice compiles for a batch, whose memory is never touched.
+
+    ``settings`` are whether it is interleaved, has a residual, and a ReLU.
+    """
+    interleaved, added, relu = settings
+    size = [shape[0], *shape[2:], shape[1]] if channels_last else shape
+    x = torch.empty(size, dtype=dtype)
+    x = x.movedim(-1, 1) if channels_last else x
+    channels, rows = torch.empty(shape[1]), torch.empty(ranks, shape[1])
+    counts, residual = torch.empty(ranks, dtype=torch.int64), x if added else None
+    rule.ENABLED = enabled
+    for counted in (counts, None):
+        statistics = rows, rows, counted, 0.1, 1e-5, ranks, interleaved, relu
+        gpu.forward(x, channels, channels, residual, *statistics)
+    kept = x if added and relu else None
+    gpu.backward(x, x, channels, channels, kept, rows, rows, ranks, interleaved, relu)
+    rule.ENABLED = _ENABLED
+
+
+def everything() -> Iterator[Callable[[], None]]:
+    """All that a device is about to run, or nearly."""
+    from .test_kernels_gpu_device import SHAPES
+
+    for kind, case in product(KINDS, CASES):
+        yield partial(run_case, kind, case)
+    epilogues = (
+        (torch.float16, (False, False, False)),
+        (torch.bfloat16, (False, True, True)),
+        (torch.float32, (True, False, True)),
+    )
+    for last, (shape, ranks), (dtype, settings) in product((False, True), SHAPES, epilogues):
+        yield partial(run_batch, shape, ranks, last, dtype, settings)
+    subsets = [frozenset({"ticketed"}), frozenset[str](), frozenset({"cooperative"})]
+    for last, (shape, ranks), enabled in product((False, True), SHAPES[2:5], subsets):
+        yield partial(run_batch, shape, ranks, last, torch.bfloat16, enabled=enabled)
+    formats = [(False, torch.bfloat16), (False, torch.float32)]
+    formats += [(True, torch.bfloat16), (True, torch.float16)]
+    for (last, dtype), (channels, side) in product(formats, RESNET50):
+        shape = 256, channels, side, side
+        for relu, enabled in product((False, True), [_ENABLED, *subsets[:2]]):
+            if dtype is torch.bfloat16 or not relu:
+                yield partial(run_batch, shape, 8, last, dtype, (False, False, relu), enabled)
+
+
+def main(part: int | None = None, parts: int = 1) -> None:
     driver.set_active(AbsentDevice())
     run, compiled = JITFunction.run, []
 
@@ -40,12 +113,18 @@ def main() -> None:
         return run(self, *args, **kwargs | {"warmup": True})
 
     JITFunction.run = compile_only
-    for kind in KINDS:
-        launch.select_kernel = force(kind)
-        for case in (CASES[1], CASES[5], CASES[10], *CASES[13:16]):
-            compute(gpu, case, make(case))
-    print(*sorted(set(compiled)))
+    if part is None:
+        for kind, case in product(KINDS, (CASES[1], CASES[5], CASES[10], *CASES[13:16])):
+            run_case(kind, case)
+        print(*sorted(set(compiled)))
+        return
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        AbsentDevice.capability = 10 * major + minor
+    for job in list(everything())[part::parts]:
+        job()
+    print(len(compiled), "calls compiled")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -82,7 +82,8 @@ def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) 
         placed["dy"] = placed["dy"][:1].expand(case.shape)
         if case.residual:
             placed["residual"] = placed["residual"][:1].expand(case.shape)
-        placed["mean"] = torch.stack([placed["mean"], placed["mean"]], -1)[..., 0]
+        for name in ("mean", "counts"):
+            placed[name] = torch.stack([placed[name], placed[name]], -1)[..., 0]
     return placed
 
 
@@ -106,8 +107,8 @@ def compute(
     dx, dw, db, dz = backend.backward(tensors["dy"], x, weight, bias, kept, mean, rstd, *partition)
     dz = dz if case.relu and case.residual else None
     names = "y", "batch mean", "rstd", "dx", "dweight", "dbias", "dresidual"
-    names += "running mean", "running var"
-    results = zip(names, (y, mean, rstd, dx, dw, db, dz, *rows), strict=True)
+    names += "running mean", "running var", "counts"
+    results = zip(names, (y, mean, rstd, dx, dw, db, dz, *rows, tensors["counts"]), strict=True)
     return {name: result for name, result in results if result is not None}
 
 
@@ -126,7 +127,8 @@ def widened(tensors: Tensors) -> Tensors:
 
 def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
     """Compare with the definition: the error is at most twice its own in the case's dtype."""
-    versions = [tensors[name]._version for name in ("mean", "var") if case.running]
+    written = ("mean", "var", "counts") if case.running else ("counts",)
+    versions = [tensors[name]._version for name in written]
     twins = cloned(tensors), widened(tensors)
     ours = compute(backend, case, tensors)
     active = ours["y"] if case.relu else None
@@ -134,6 +136,9 @@ def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
     exact = compute(reference, case, twins[1], active)
     for name, result in ours.items():
         truth, peer = exact[name], peers[name]
+        if name == "counts":
+            assert result.tolist() == truth.tolist(), name
+            continue
         assert result.dtype == peer.dtype, f"{name}: {result.dtype}, not {peer.dtype}"
         assert result.stride() == peer.stride() or name == "running mean", name
         assert not result.isnan().any(), f"{name}: not a number, in {case}"
@@ -142,7 +147,7 @@ def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
         # A mean of `shift` is rounded to float32, whatever is done after.
         limit = 2 * allowed + 2 * rounding + 2 * torch.finfo(torch.float32).eps * case.shift
         assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}, in {case}"
-    after = [tensors[name]._version for name in ("mean", "var") if case.running]
+    after = [tensors[name]._version for name in written]
     assert all(new > old for old, new in zip(versions, after, strict=True)), "version counters"
 
 

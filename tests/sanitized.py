@@ -13,12 +13,14 @@ from .kernel_cases import CASES, KINDS, Case, compute, force, make
 SOME = [CASES[place] for place in (1, 3, 5, 9, 13, 15, 16)]
 # The rule's own choice, with programs enough to wait for each other.
 WAITING = Case((32, 64, 28, 28), 4, channels_last=True, dtype=torch.bfloat16, relu=True)
+NARROW = launch._NARROW
 
 if __name__ == "__main__":
     compute(gpu, WAITING, make(WAITING, torch.Tensor.cuda))
     for kind in KINDS:
         launch.select_kernel = force(kind)
         for case in SOME:
+            launch._NARROW = 0 if case.wide else NARROW
             compute(gpu, case, make(case, torch.Tensor.cuda))
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -1,4 +1,4 @@
-"""scripts/gpu_bench.py without a GPU: every path of it on small CPU tensors, and its verdicts."""
+"""scripts/gpu_bench.py and gpu_check without a GPU: every path of them, and their verdicts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,10 +59,25 @@ def test_every_bar_is_measured_and_kept_as_data(
     measured = {(row["dtype"], row["layout"], row["pass"]) for row in results["layers"]}
     assert measured == {bar[:3] for bar in bench.BARS}
     assert all(row["off_ms"] > 0 for row in results["summary"])
+    assert all(row["copy_ms"] > 0 for row in results["layers"])
     assert results["machine"].keys() >= {"device", "python", "torch", "triton", "commit"}
     assert [line.split("  ")[0] for line in table[2:-1]] == [bar.name for bar in bench.BARS]
     assert table[-1].startswith("ResNet-50 step")
     assert all(("met" in line) != ("MISSED" in line) for line in table[-1:])
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(norm: str) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "time_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(str(tmp_path / "results.json"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["layers"]) == len(bench.BARS)
+    assert "summary" not in results
 
 
 def test_a_copy_without_a_history_is_measured_all_the_same(
@@ -96,6 +112,34 @@ def test_kernels_that_wait_are_timed_beside_others_and_put_back(
         kernels = row["kernel"], row["ticketed_kernel"], row["unaided_kernel"]
         assert kernels == ("cooperative", "ticketed", "split")
         assert len({row["ms"], row["ticketed_ms"], row["unaided_ms"]}) == 3
+
+
+STUB = """#!/bin/sh
+case "$*" in
+    *sanitized*) echo "sanitized, caching $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit 0;;
+    *"-m pytest"*) echo "tests ran"; exit $TESTS;;
+    *gpu_bench*) echo "the table"; exit 0;;
+esac
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_check_shows_all_it_can_and_fails_if_a_part_does(tmp_path: Path, status: int) -> None:
+    sanitizer = '#!/bin/sh\nwhile [ "${1##*/}" != stub ]; do shift; done\nexec "$@"\n'
+    for name, text in (("stub", STUB), ("compute-sanitizer", sanitizer)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "stub")}
+    run = subprocess.run(
+        [SCRIPTS / "gpu_check", tmp_path / "results.json"],
+        env={**environment, "TESTS": str(status)},
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in run.stdout.splitlines() if not line.startswith("==")]
+    assert said == ["tests ran", "sanitized, caching 1", "sanitized, caching ", "the table"]
+    assert run.returncode == status
+    assert run.stderr.startswith("Error: failed: tests (1), see above" if status else "")
 
 
 @pytest.mark.slow

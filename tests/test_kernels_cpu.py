@@ -8,6 +8,8 @@ from torch import Tensor
 
 from distbn_convert.kernels import cpu, reference
 
+from .resnet import check_step
+
 pytestmark = pytest.mark.skipif(
     not cpu.load(), reason="the CPU kernel cannot be built here; its log line says why"
 )
@@ -296,3 +298,9 @@ def test_gradients_of_another_layout_or_broadcast() -> None:
         ours = cpu.backward(upstream, *saved, 4, False, False)
         expected = reference.backward(upstream, *saved, 4, False, False)
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_resnet50_step_agrees_with_the_definition(channels_last: bool) -> None:
+    check_step("cpu", channels_last)

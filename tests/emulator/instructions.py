@@ -127,7 +127,9 @@ def _store(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
 def _atomic(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
     """An addition by some threads, one after the other."""
     space, scope, order, operation, kind = modifiers
-    assert (space, scope, operation, kind) == ("global", "gpu", "add", "u32"), modifiers
+    assert (space, scope, operation) == ("global", "gpu", "add"), modifiers
+    assert kind in ("u32", "u64"), modifiers
+    size = TYPES[kind].itemsize
     write, address = writer(operands[0], kind), _address(operands[1])
     read = reader(operands[2], kind)
 
@@ -138,10 +140,10 @@ def _atomic(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
             state.acquire(places, mask)
         if order in ("release", "acq_rel"):
             state.release(places, mask)
-        old = np.zeros(state.threads, np.uint32)
+        old = np.zeros(state.threads, TYPES[kind])
         for thread in np.flatnonzero(mask):
             one = np.arange(state.threads) == thread
-            old[thread] = memory.load(state.warps, places, one, 4, 1, True)[thread, 0]
+            old[thread] = memory.load(state.warps, places, one, size, 1, True)[thread, 0]
             memory.store(state.warps, places, one, (old + added)[:, None], True)
         write(state, old, mask)
         return "yield"

@@ -79,9 +79,12 @@ def forward(
     running = None
     if running_mean is not None and running_var is not None:
         running = running_mean.contiguous(), running_var.contiguous()
-    if num_batches_tracked is not None:
-        reference.count_batch(num_batches_tracked, input)
-    counts = None if num_batches_tracked is None else num_batches_tracked.contiguous()
+    counts = num_batches_tracked
+    counted = running is not None and momentum is not None  # by the kernel
+    if counts is not None:
+        if not counted:
+            reference.count_batch(counts, input)
+        counts = counts.contiguous()
     y, mean, rstd = launch.forward(
         input,
         _dense(weight),
@@ -98,6 +101,8 @@ def forward(
     if running is not None:
         _written(running_mean, running[0])
         _written(running_var, running[1])
+        if counted and counts is not None:
+            _written(num_batches_tracked, counts)
     return reference.as_input(y, input), mean, rstd
 
 
@@ -125,7 +130,7 @@ def backward(
     dx, sums, masked = launch.backward(
         grad_output, input, *affine, kept, *moments, *partition, relu
     )
-    grad_bias, grad_weight = sums.sum(1)  # one launch, in a fixed order
+    grad_bias, grad_weight = sums.sum(1).unbind()  # one launch, in a fixed order
     grad_residual = None if masked is None else reference.as_input(masked, input)
     return reference.as_input(dx, input), grad_weight, grad_bias, grad_residual
 

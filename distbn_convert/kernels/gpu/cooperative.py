@@ -10,8 +10,9 @@ Why no program waits forever: tickets are dealt slab by slab, and taken by progr
 ``k`` be the first slab with a piece not yet taken: the pieces of those before it are all held by
 programs that run, so that those finish, and none of those behind it is taken. So at most
 ``splits - 1`` programs wait for one that does not run, and it starts as soon as the device has room
-for ``splits`` at once. The rule keeps ``splits`` to a quarter of the multiprocessors, so that a few
-such launches may run at once, on several streams: those that wait do not fill the device.
+for ``splits`` at once. The rule keeps ``splits`` to a quarter of the multiprocessors, and two
+programs fit on each, so that those that wait never fill the device, unless more than eight such
+launches run at once, each on a stream of its own.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layout import arrange, arrange_like
+from . import rule
 from .cooperative import cooperative_backward, cooperative_forward
 from .loop import loop_backward, loop_forward
 from .resident import resident_backward, resident_forward
@@ -144,6 +145,22 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+class Plan(NamedTuple):
+    """A choice, and how it is launched."""
+
+    choice: Choice
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(share: Share, backward: bool, residual: bool, relu: bool, *_: Any) -> Plan:
+    """Plan a launch. Asked at every call, so plans are kept, by all that a choice depends on."""
+    choice = share.choose(backward, residual)
+    options = share.scalars(choice) | share.constants(choice, relu)
+    return Plan(choice, share.grid(choice), options)
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None,
@@ -157,33 +174,34 @@ def forward(
     interleaved: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward of a non-empty batch; ``running`` are contiguous and written."""
+    """Run the forward of a non-empty batch; ``running`` are contiguous and written.
+
+    So are ``counts``, unless ``momentum`` is None: then they have been.
+    """
     x, last = arrange(input)
     added = None if residual is None else arrange_like(x, residual, last)
     share = describe(x, last, vt_world_size, interleaved)
-    choice = share.choose(False, added is not None)
+    plan = _plan(share, False, added is not None, relu, select_kernel, rule.ENABLED)
+    choice, grid, options = plan
     y = torch.empty_like(x)
     mean = x.new_empty((vt_world_size, share.channels), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    counts = counts if momentum is None else None
     momentum = None if momentum is None else float(momentum)
     running_mean, running_var = running or (None, None)
     statistics = Statistics(mean, rstd, running_mean, running_var, counts, momentum, eps)
-    scalars, constants = share.scalars(choice), share.constants(choice, relu)
-    grid, affine = share.grid(choice), (weight, bias)
+    affine = weight, bias
     with _on(input):
         if choice.kind == "split":
             partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_moments[grid](x, partials, **scalars, **constants)
+            split_moments[grid](x, partials, **options)
+            merging = share.scalars(choice) | share.merging(choice)
             merge_moments[(share.slabs(_MERGE_CHANNELS),)](
-                partials, statistics, choice.splits, **scalars, **share.merging(choice)
+                partials, statistics, choice.splits, **merging
             )
-            split_forward[grid](x, y, *affine, added, mean, rstd, **scalars, **constants)
+            split_forward[grid](x, y, *affine, added, mean, rstd, **options)
         else:
             shared = _shared(mean, share, choice)
-            _KERNELS[choice.kind][0][grid](
-                x, y, *affine, added, statistics, *shared, **scalars, **constants
-            )
+            _KERNELS[choice.kind][0][grid](x, y, *affine, added, statistics, *shared, **options)
     return y, mean, rstd
 
 
@@ -209,26 +227,25 @@ def backward(
     dy = arrange_like(x, grad_output, last)
     out = None if output is None else arrange_like(x, output, last)
     share = describe(x, last, vt_world_size, interleaved)
-    choice = share.choose(True, out is not None)
     dx = torch.empty_like(x)
     masked = None if out is None else torch.empty_like(dy)
     # The sign of the output is read where there is one, and computed where there is none.
     relu = relu and out is None
     affine = weight, bias if relu else None
-    scalars, constants = share.scalars(choice), share.constants(choice, relu)
-    grid = share.grid(choice)
+    plan = _plan(share, True, out is not None, relu, select_kernel, rule.ENABLED)
+    choice, grid, options = plan
     rows = *affine, mean, rstd
     with _on(input):
         if choice.kind == "split":
             partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_gradients[grid](x, dy, out, masked, *rows, partials, **scalars, **constants)
+            split_gradients[grid](x, dy, out, masked, *rows, partials, **options)
             sums = partials.sum(0)
             rest = dy if masked is None else masked
-            split_backward[grid](x, rest, dx, *rows, *sums, **scalars, **constants)
+            split_backward[grid](x, rest, dx, *rows, *sums.unbind(), **options)
         else:
             sums = mean.new_empty((2, *mean.shape))
-            tensors = x, dy, out, dx, masked, *rows, *sums, *_shared(mean, share, choice)
-            _KERNELS[choice.kind][1][grid](*tensors, **scalars, **constants)
+            tensors = x, dy, out, dx, masked, *rows, *sums.unbind(), *_shared(mean, share, choice)
+            _KERNELS[choice.kind][1][grid](*tensors, **options)
     return dx, sums, masked
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Statistics",
     "Tile",
     "corrections",
+    "count_batch",
     "divide",
     "finish",
     "lane_offset",
@@ -98,7 +99,8 @@ class Statistics(NamedTuple):
         rstd: ``Tensor[V, C]``, float32.
         running_mean: ``Tensor[V, C]`` or None.
         running_var: ``Tensor[V, C]`` or None.
-        counts: ``int64 Tensor[V]``, read if ``momentum`` is None.
+        counts: ``int64 Tensor[V]`` or None; with this batch if ``momentum`` is None, else without
+            it, and incremented.
         momentum: float or None.
         eps: added to the variance.
     """
@@ -259,12 +261,17 @@ def rstd_of(m2, block, statistics):
 
 @triton.jit
 def load_running(statistics, block):
-    """Return the running mean and variance ``[CHANNELS]`` in float32; zeros if there are none."""
+    """Return the running mean and variance ``[CHANNELS]`` in float32; zeros if there are none.
+
+    Counts the batch too, so that no register is held for that until the end.
+    """
     mean = tl.zeros_like(block.lanes).to(tl.float32)
     var = mean
     if statistics.running_mean is not None:
         mean = tl.load(statistics.running_mean + block.cells, mask=block.valid, other=0.0)
         var = tl.load(statistics.running_var + block.cells, mask=block.valid, other=0.0)
+        if statistics.momentum is not None:
+            count_batch(statistics.counts, block)
     return mean.to(tl.float32), var.to(tl.float32)
 
 
@@ -285,6 +292,15 @@ def finish(mean, m2, rstd, running, block, statistics):
         old_mean, old_var = running
         store_average(statistics.running_mean, old_mean, mean, factor, block)
         store_average(statistics.running_var, old_var, unbiased, factor, block)
+
+
+@triton.jit
+def count_batch(counts, block):
+    """Increment the counter of a rank that has samples, once: with its first channels."""
+    if counts is not None:
+        # A store of what was loaded would wait for it; a mask of one number costs a register.
+        counted = block.lanes < tl.where(block.total > 0, 1, 0)
+        tl.atomic_add(counts + block.rank + block.lanes, 1, mask=counted, sem="relaxed")
 
 
 @triton.jit
