@@ -125,8 +125,11 @@ def widened(tensors: Tensors) -> Tensors:
     }
 
 
-def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
-    """Compare with the definition: the error is at most twice its own in the case's dtype."""
+def check(case: Case, tensors: Tensors, backend: Any = gpu, slack: float = 1) -> None:
+    """Compare with the definition: the error is at most twice its own in the case's dtype.
+
+    ``slack`` times as much is allowed to a backend whose sums are not ours.
+    """
     written = ("mean", "var", "counts") if case.running else ("counts",)
     versions = [tensors[name]._version for name in written]
     twins = cloned(tensors), widened(tensors)
@@ -146,6 +149,7 @@ def check(case: Case, tensors: Tensors, backend: Any = gpu) -> None:
         rounding = torch.finfo(result.dtype).eps * truth.abs().max().item()
         # A mean of `shift` is rounded to float32, whatever is done after.
         limit = 2 * allowed + 2 * rounding + 2 * torch.finfo(torch.float32).eps * case.shift
+        limit *= slack
         assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}, in {case}"
     after = [tensors[name]._version for name in written]
     assert all(new > old for old, new in zip(versions, after, strict=True)), "version counters"
