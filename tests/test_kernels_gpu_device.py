@@ -37,8 +37,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-# How torch adds up is not known here; on a CPU, value by value, it needs 17 for SHAPES.
-TORCHS = 50
+# Times the tolerance on a CPU: a definition whose sums on a device are nearly exact allows little,
+# and for SHAPES our kernels need up to 3 roundings (on the emulated device), torch's own 17 times
+# that tolerance (on a CPU).
+OURS, TORCHS = 3, 50
 # Shapes for which the rule takes each kernel in one of the passes or layouts.
 SHAPES = [
     ((64, 32, 14, 14), 8),
@@ -117,7 +119,7 @@ def test_results_agree_with_the_definition(
     shape: tuple[int, ...], ranks: int, settings: dict[str, Any], channels_last: bool
 ) -> None:
     case = Case(shape, ranks, channels_last=channels_last, **settings)
-    check(case, make(case, cuda))
+    check(case, make(case, cuda), slack=OURS)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -133,7 +135,7 @@ def test_results_agree_whichever_kernels_that_wait_are_left_out(
 ) -> None:
     monkeypatch.setattr(rule, "ENABLED", frozenset(enabled))
     case = Case(shape, ranks, channels_last=channels_last, dtype=torch.bfloat16)
-    check(case, make(case, cuda))
+    check(case, make(case, cuda), slack=OURS)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -147,7 +149,7 @@ def test_every_kernel_agrees_with_the_definition(
     monkeypatch.setattr(launch, "select_kernel", force(kind))
     if case.wide:
         monkeypatch.setattr(launch, "_NARROW", 0)
-    check(case, make(case, cuda))
+    check(case, make(case, cuda), slack=OURS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
