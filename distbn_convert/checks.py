@@ -11,6 +11,7 @@ from .errors import ConfigurationError, InputError
 from .kernels.partition import PARTITIONS, share_sizes
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "check_activation",
     "check_impl",
     "check_numbers",

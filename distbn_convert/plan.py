@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .checks import IMPLEMENTATIONS
 from .errors import ConfigurationError, ConversionError, UnsupportedModuleError
 from .layers import STATISTICS, DistBatchNormMixin, RankSettings
 from .registry import dist_class_of
@@ -257,6 +258,13 @@ def _why_unsupported(module: _BatchNorm) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward was replaced on the instance; convert before patching it"
+    taken = [one.name for one in fields(RankSettings) if one.name in vars(module)]
+    if taken or vars(module).get("impl", "auto") not in IMPLEMENTATIONS:
+        name = (*taken, "impl")[0]
+        return (
+            f"it has an attribute {name} of its own, which a layer with virtual ranks needs; "
+            "rename it first"
+        )
     shapes = ((module.num_features,), (module.num_features,), ())
     for name, shape in zip(STATISTICS, shapes, strict=True):
         statistic = getattr(module, name)

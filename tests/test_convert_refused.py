@@ -181,6 +181,22 @@ def test_layers_that_would_lose_behaviour_are_refused_or_left_alone(make: Any, m
     assert type(left) is kinds[3]
 
 
+@pytest.mark.parametrize("name", ["partition", "accumulation_steps", "impl"])
+def test_an_attribute_of_yours_that_a_layer_needs_is_not_overwritten(name: str) -> None:
+    model = small_net()
+    setattr(model[1], name, "mine")
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModuleError, match=f"an attribute {name} of its own.*rename it"):
+        convert_model(model, 4)
+    assert_unchanged(model, before)
+
+
+def test_how_a_layer_computes_outlives_its_ranks() -> None:
+    model = convert_model(small_net(), 4)
+    model[1].impl = "decomposed"
+    assert convert_model(revert_model(model), 4)[1].impl == "decomposed"
+
+
 def test_every_unknown_subclass_is_named_and_a_filter_can_leave_it_out() -> None:
     model = nn.Sequential(Subclass(3), nn.BatchNorm2d(3), Subclass(3))
     with pytest.raises(UnsupportedModuleError, match="module '0', module '2': .*converted.Sub"):
