@@ -8,6 +8,8 @@ from torch._prims_common import suggest_memory_format
 
 __all__ = ["arrange", "arrange_like", "in_torch_format"]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def in_torch_format(input: Tensor) -> Tensor:
     """Return ``input`` in the memory format that torch's batch norm gives its output.
@@ -16,6 +18,10 @@ def in_torch_format(input: Tensor) -> Tensor:
     viewed after batch norm can be after ours. Differentiable.
     """
     if input.is_contiguous():
+        return input
+    last = _CHANNELS_LAST.get(input.dim())
+    # To suggest a format takes much longer than to look for one.
+    if last and input.is_contiguous(memory_format=last):
         return input
     return input.contiguous(memory_format=suggest_memory_format(input))
 
