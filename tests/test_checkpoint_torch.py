@@ -271,9 +271,10 @@ def test_a_damaged_member_is_found_by_its_checksum(tmp_path: Path) -> None:
         info = next(i for i in archive.infolist() if i.filename.endswith("data/2"))
     data[info.header_offset + 200] ^= 1
     path.write_bytes(data)
-    convert_checkpoint(path, tmp_path / "unnoticed", 2)
-    with pytest.raises(ReadError, match="checksum"):
-        convert_checkpoint(path, tmp_path / "out", 2, check_input=True)
+    for check_input in (False, True):
+        with pytest.raises(ReadError, match="checksum"):
+            convert_checkpoint(path, tmp_path / "out", 2, check_input=check_input)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ReadError, match="checksum"):
         verify_checkpoint(path)
 

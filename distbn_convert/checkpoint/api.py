@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .job import Job, check_checksums, file_info
+from .intact import check_checksums
+from .job import Job, file_info
 from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport

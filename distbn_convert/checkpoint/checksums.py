@@ -15,11 +15,12 @@ from pathlib import Path
 from ..errors import ReadError
 from .places import StrPath
 from .stream import Source
-from .zips import reading_zip
+from .zips import MAGIC, reading_zip
 
-__all__ = ["check_zip", "checksum_of", "data_start", "sha256_of"]
+__all__ = ["check_piece", "check_zip", "checksum_of", "data_start", "sha256_of"]
 
 _CHUNK = 1 << 20  # bytes; stays in the processor's cache
+_ENCRYPTED = 1  # a flag
 _LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, two lengths at its end
 
 
@@ -44,14 +45,46 @@ def check_zip(
     """
     called = path if called is None else called
     with reading_zip(path, called) as archive:
-        infos = [info for info in archive.infolist() if info.CRC or not info.file_size]
+        infos = _with_checksum(archive)
         damaged = _damaged(Path(path), infos, known or {})
     if damaged:
-        raise ReadError(
-            f"{called} is damaged: the checksum of {damaged[0].filename} does not match; "
-            "download or copy the file again."
-        )
+        raise _mismatch(called, damaged[0].filename)
     return len(infos)
+
+
+def check_piece(data: bytes | bytearray, called: str) -> int:
+    """Compare each member of a zip in memory with its checksum; what is no zip has none.
+
+    Args:
+        data: all of it.
+        called: its name in messages.
+
+    Returns:
+        int: the number of members that have a checksum.
+
+    Raises:
+        ReadError: a member is damaged.
+    """
+    if not data.startswith(MAGIC):
+        return 0
+    with reading_zip(io.BytesIO(data), called) as archive:
+        infos = _with_checksum(archive)
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise _mismatch(called, damaged)
+    return len(infos)
+
+
+def _with_checksum(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """List the members that have a checksum, of what can be read without a password."""
+    return [i for i in archive.infolist() if i.CRC is not None and not i.flag_bits & _ENCRYPTED]
+
+
+def _mismatch(called: StrPath, member: str) -> ReadError:
+    return ReadError(
+        f"{called} is damaged: the checksum of {member} does not match; download or copy the file "
+        "again."
+    )
 
 
 def checksum_of(file: io.FileIO, start: int, length: int) -> int | None:

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..errors import ReadError, RefusedError
+from ..errors import CheckpointError, ReadError, RefusedError
 from .carry import Writer, write_folder
+from .checksums import check_piece
 from .dcp_metadata import METADATA, read_metadata
 from .header import Header, TensorInfo
 from .places import StrPath
@@ -96,21 +97,44 @@ class DcpFolder:
                 f"{self.path / info.relative_path} is transformed by {info.transform_descriptors}; "
                 "save it without extensions."
             )
-        with Source(self.path / info.relative_path) as source:
-            data = source.read(info.offset, info.length)
+        data = self.read_bytes(info)
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 unpacked = sum(member.file_size for member in archive.infolist())
             if unpacked > sizes.numel() * dtype.itemsize + _OVERHEAD:
                 raise RefusedError(f"{self.path}: {name!r} unpacks to {unpacked:,} bytes. Refused.")
+            check_piece(data, self._called(name, info))
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (MemoryError, RefusedError):
+        except (MemoryError, CheckpointError):
             raise
         except Exception as error:  # torch.load raises many kinds on damaged bytes
             raise self.damaged(name, f"it cannot be read ({type(error).__name__})") from error
         if type(tensor) is not Tensor or tensor.shape != sizes or tensor.dtype != dtype:
             raise self.damaged(name, f"expected {dtype} of {tuple(sizes)}, but it is another")
         return tensor
+
+    def read_bytes(self, info: _StorageInfo) -> bytearray:
+        """Return a piece as it is stored."""
+        with Source(self.path / info.relative_path) as source:
+            return source.read(info.offset, info.length)
+
+    def check_pieces(self) -> int:
+        """Compare all pieces with their checksums, one at a time.
+
+        Returns:
+            int: how many checksums there are.
+
+        Raises:
+            ReadError: a piece is damaged.
+        """
+        pieces = self.metadata.storage_data.items()
+        return sum(
+            check_piece(self.read_bytes(info), self._called(index.fqn, info))
+            for index, info in pieces
+        )
+
+    def _called(self, name: str, info: _StorageInfo) -> str:
+        return f"{name!r} in {self.path / info.relative_path}"
 
     def damaged(self, name: str, what: str) -> ReadError:
         """Make the error for a tensor that is not as it should be."""

@@ -12,7 +12,7 @@ from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite
-from .stores import Mappings, WriteOptions, read_back_error
+from .stores import Mappings, Place, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,9 @@ class FlatStore:
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
         return int(max(numbers(self.path, self.header, group.keys[2]))) if group.counted else None
+
+    def check(self, places: Iterable[Place] | None = None) -> None:
+        """Do nothing: safetensors has no checksums."""
 
     def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
         """Copy the file with the replacements."""

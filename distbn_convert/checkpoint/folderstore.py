@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checksums import check_zip
 from .flatstore import check_rewritten, numbers, specs_of_header
 from .groups import Group, TensorSpec
 from .header import Header
 from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
-from .stores import Mappings, ReadOptions, WriteOptions, read_back_error
+from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
+from .zips import starts_as_zip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,9 @@ class _FolderStore:
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
         return int(max(self._numbers(group.path, group.keys[2]))) if group.counted else None
+
+    def check(self, places: Iterable[Place] | None = None) -> None:
+        """Do nothing: safetensors has no checksums."""
 
     def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
         return numbers(*self.place(path, key), key)
@@ -142,8 +147,19 @@ class ShardedStore(_FolderStore):
         values: list[float] = self.tensor(path, key).detach().double().flatten().tolist()
         return values
 
+    def check(self, places: Iterable[Place] | None = None) -> None:
+        """Compare the torch shards that have these tensors with their checksums."""
+        shards = self.index.weight_map
+        for shard in sorted(
+            {*shards.values()} if places is None else {shards[k] for _, k in places}
+        ):
+            if starts_as_zip(self.folder / shard):
+                check_zip(self.folder / shard)
+
     def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
         """Write the folder with the replacements."""
+        if options.verify:
+            self.check(replacements)  # a torch shard is saved anew
         new = {key: tensor for (_, key), tensor in replacements.items()}
         writing = write_sharded(
             self.index,

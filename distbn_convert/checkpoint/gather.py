@@ -9,6 +9,7 @@ from ..errors import ConfigurationError, ReadError
 from .compare import differences, same_bits
 from .edit import Replacements, gather_groups
 from .groups import Group, dotted
+from .intact import check_checksums
 from .job import Job
 from .options import Options
 from .places import StrPath, as_path
@@ -67,11 +68,15 @@ def gather_checkpoints(
         for src in srcs[1:]:
             path = as_path(src)
             job.watch(path)
+            if chosen_options.check_input:
+                check_checksums(path)
             stores.append(open_store(path, chosen_options.reading))
             job.keep(stores[-1])
             found = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, found.chosen))
             notes.extend(_other_differences(src, stores, chosen))
+            if chosen_options.verify:
+                stores[-1].check([(group.path, key) for group in chosen for key in group.keys])
         return gather_groups(chosen, [store.tensor for store in stores], reduction)
 
     job = Job("gather", srcs[0], dst, chosen_options, notes)

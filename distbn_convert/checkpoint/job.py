@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, OutputExistsError, ReadError
+from .intact import check_checksums
 from .options import Options
 from .places import StrPath, access_error, as_path, output_place, same_file
 from .report import CheckpointReport, FileInfo
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .edit import Replacements
     from .groups import Group
 
-__all__ = ["Job", "check_checksums", "file_info"]
+__all__ = ["Job", "file_info"]
 
 Compute = Callable[[Store, "list[Group]"], "Replacements"]
 
@@ -197,6 +198,8 @@ class Job:
             progress=options.progress,
             before_publish=self._check_unchanged,
         )
+        if options.verify and (self.format is not None or options.max_shard_size is not None):
+            store.check()  # all of it is saved anew
         with self._backup():
             if options.max_shard_size is not None:
                 from .reshard import write_shards
@@ -269,22 +272,6 @@ def file_info(path: Path, format: str, sha256: bool = False) -> FileInfo:
 
         digest = sha256_of(path)
     return FileInfo(str(path), format, path.stat().st_size, digest)
-
-
-def check_checksums(path: Path) -> int:
-    """Compare the parts of a file with their checksums, where the format has any.
-
-    Returns:
-        int: how many parts had one.
-
-    Raises:
-        ReadError: a part is damaged.
-    """
-    if sniff(path) is not Kind.TORCH_ZIP:
-        return 0
-    from .checksums import check_zip
-
-    return check_zip(path)
 
 
 def _fingerprint(path: Path) -> tuple[object, ...]:

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 
     from .edit import Replacements
 
-__all__ = ["Progress", "ReadOptions", "Store", "WriteOptions", "open_store", "read_back_error"]
+__all__ = [
+    "Place",
+    "Progress",
+    "ReadOptions",
+    "Store",
+    "WriteOptions",
+    "open_store",
+    "read_back_error",
+]
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes expected
+Place = tuple[tuple[Any, ...], Any]  # path of a mapping, key in it
 Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
 
 
@@ -71,6 +80,16 @@ class Store(Protocol):
 
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group, None without one."""
+
+    def check(self, places: Iterable[Place] | None = None) -> None:
+        """Compare what these tensors depend on with its checksums, if it has any.
+
+        Args:
+            places: of the tensors. Default: None, all of the file
+
+        Raises:
+            ReadError: it is damaged.
+        """
 
     def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
         """Write everything to ``dst``, with the replacements; verified before it appears."""

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ReadError, RefusedError
 from .allowed import allowed_globals, is_ordinary
 from .opaque import opaque_pickle, scan_globals
 from .places import access_error, is_refusal
-from .zips import reading_zip
+from .zips import reading_zip, starts_as_zip
 
 __all__ = ["TorchFile", "load_torch", "save_torch", "unknown_globals"]
 
@@ -37,6 +37,7 @@ class TorchFile:
         opaque_globals: the names carried through unexecuted.
         warnings: what the user should know.
         mapped: the file that its storages are mapped from; None if they are in memory.
+        zipped: the zip that it comes from; None if it is of the older format, or new.
     """
 
     tree: Any
@@ -45,6 +46,7 @@ class TorchFile:
     opaque_globals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     mapped: Path | None = None
+    zipped: Path | None = None
 
 
 def load_torch(
@@ -67,9 +69,11 @@ def load_torch(
         ReadError: the file is damaged.
         FileAccessError: the system cannot read it.
     """
-    zipped = _starts_as_zip(path)
+    zipped = starts_as_zip(path)
     stored = zipped and _check_members(path, allow_compressed)
-    result = TorchFile(None, protocol=_protocol(path) if zipped else 2)
+    result = TorchFile(None)
+    if zipped:
+        result.protocol, result.zipped = _protocol(path), path
     extra = allowed_globals(allow_globals)
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     if opaque:
@@ -139,7 +143,7 @@ def save_torch(result: TorchFile, file: Any) -> None:
 
 def unknown_globals(path: Path) -> list[str]:
     """List the names in a checkpoint's pickle that are not ordinary; nothing is imported."""
-    if _starts_as_zip(path):
+    if starts_as_zip(path):
         with reading_zip(path) as archive:
             data = archive.read(_data_pkl(path, archive))
         names = scan_globals(io.BytesIO(data))
@@ -147,14 +151,6 @@ def unknown_globals(path: Path) -> list[str]:
         with open(path, "rb") as file:
             names = scan_globals(file, _LEGACY_PICKLES)
     return [name for name in names if not is_ordinary(name)]
-
-
-def _starts_as_zip(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise access_error(f"cannot read {path}", error) from error
 
 
 def _is_utf8(path: Path) -> bool:

@@ -16,11 +16,11 @@ from .compare import first_difference
 from .edit import Replacements
 from .groups import Group
 from .readback import LARGE, ReadBack, reading_back
-from .stores import Mappings, Progress, ReadOptions, WriteOptions, read_back_error
+from .stores import Mappings, Place, Progress, ReadOptions, WriteOptions, read_back_error
 from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, walk_leaves, walk_mappings
-from .zipcopy import plan_copy
+from .zipcopy import checksums_beside, plan_copy
 
 __all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
 
@@ -76,6 +76,15 @@ class TreeStore:
         """Return the largest counter of a group."""
         return int(self.tensor(group.path, group.keys[2]).max()) if group.counted else None
 
+    def check(self, places: Iterable[Place] | None = None) -> None:
+        """Compare the file, or what of it these tensors depend on, with its checksums."""
+        if self.file.zipped is None:
+            return
+        known = {}
+        if places is not None:
+            known = checksums_beside(self.file, [self.tensor(*place) for place in places])
+        check_zip(self.file.zipped, known=known)
+
     def replace(self, replacements: Replacements) -> None:
         """Put new tensors in the places of old ones."""
         for (path, key), new in replacements.items():
@@ -104,14 +113,19 @@ def write_tree(
 ) -> None:
     """Save a tree as a torch zip, read it back, and only then let it appear.
 
+    What is not copied from the old file with its checksum is compared with that first.
+
     Raises:
+        ReadError: the old file is damaged.
         VerificationError: what was read back is not what was meant.
     """
+    plan = plan_copy(file)
+    if options.verify and file.zipped is not None:
+        check_zip(file.zipped, known=plan.copied if plan else None)
     output = atomic_output(
         dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
     )
     with output as stream, reading_back(stream, options.verify, options.fsync) as back:
-        plan = plan_copy(file)
         if plan is None:
             save_torch(file, Counted(stream, options.progress, expected, back))
         else:

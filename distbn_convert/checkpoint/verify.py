@@ -13,7 +13,8 @@ from ..errors import ConfigurationError, VerificationError
 from ..replicas import reduce_count, reduce_statistics
 from .compare import differences, same_bits
 from .groups import Group, dotted, key_name
-from .job import check_checksums, file_info
+from .intact import check_checksums
+from .job import file_info
 from .options import Options
 from .places import StrPath, as_path
 from .report import VerifyReport

@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,13 @@ from .stream import Sink, Source, view_memory
 from .torchfile import TorchFile, save_torch
 from .zips import reading_zip
 
-__all__ = ["Plan", "plan_copy"]
+__all__ = ["Plan", "checksums_beside", "plan_copy"]
+
+Place = tuple[int, int]  # start and length in a file, in bytes
 
 _DESCRIPTOR = b"PK\x07\x08"  # behind each member's bytes: this, and their checksum
 _NAME = re.compile(rb"[^/]+/data/(\d+)")
+_STORAGE = re.compile(r"[^/]+/data/\d+")
 _ENTRY = struct.Struct("<8xH18xHHH12x")  # of the directory: its flags and three lengths
 _CHECKSUM = struct.Struct("<L")
 _HAS_DESCRIPTOR = 8  # a flag
@@ -54,6 +57,16 @@ class Plan:
 
     def __init__(self, source: Path, pieces: list[bytes | _Part]) -> None:
         self._source, self._pieces = source, pieces
+
+    @property
+    def copied(self) -> dict[Place, int]:
+        """By start and length in the old file, the checksums of the storages that are copied."""
+        parts = [piece for piece in self._pieces if isinstance(piece, _Part)]
+        return {
+            (part.place, part.storage.nbytes()): part.checksum
+            for part in parts
+            if part.place is not None
+        }
 
     def write(self, sink: Sink) -> Iterator[tuple[int, int]]:
         """Write the file, and yield start and length of each large storage that is in it."""
@@ -93,6 +106,26 @@ def plan_copy(file: TorchFile) -> Plan | None:
         file.mapped,
         [piece if isinstance(piece, bytes) else _find(piece, parts, checksums) for piece in pieces],
     )
+
+
+def checksums_beside(file: TorchFile, tensors: Iterable[torch.Tensor]) -> dict[Place, int]:
+    """Return the checksums of all storages of a file but those of some tensors.
+
+    Returns:
+        dict: by start and length; empty if it is not known where in the file the tensors are.
+    """
+    parts = mapped_parts(file.mapped) if file.mapped is not None else []
+    places = []
+    for storage in (tensor.untyped_storage() for tensor in tensors):
+        places.append(_place(storage, parts))
+        if places[-1] is None and storage.nbytes():
+            return {}
+    assert file.mapped is not None
+    return {
+        (start, length): checksum
+        for (start, length), checksum in _checksums(file.mapped).items()
+        if not any(place is not None and start <= place < start + length for place in places)
+    }
 
 
 def _storages(file: TorchFile) -> list[torch.UntypedStorage]:
@@ -164,13 +197,14 @@ def _filled(
     return None if left else filled
 
 
-def _checksums(path: Path) -> dict[tuple[int, int], int]:
-    """Return the checksums that a zip has of its members, by start and length."""
+def _checksums(path: Path) -> dict[Place, int]:
+    """Return the checksums that a zip has of its storages, by start and length."""
     with reading_zip(path) as archive, open(path, "rb", buffering=0) as file:
         return {
             (start, info.file_size): info.CRC
             for info in archive.infolist()
             if info.CRC
+            and _STORAGE.fullmatch(info.filename)
             and info.compress_type == zipfile.ZIP_STORED
             and (start := data_start(file, info)) is not None
         }
@@ -179,14 +213,18 @@ def _checksums(path: Path) -> dict[tuple[int, int], int]:
 def _find(
     storage: torch.UntypedStorage,
     parts: list[MappedPart],
-    checksums: dict[tuple[int, int], int],
+    checksums: dict[Place, int],
 ) -> _Part:
-    address, length = storage.data_ptr(), storage.nbytes()
-    places = (part.place(address, length) for part in parts)
-    place = next((place for place in places if place is not None), None)
+    place = _place(storage, parts)
     # Without a checksum in the directory, which torch can be told to leave out, it is taken now.
-    checksum = 0 if place is None else checksums.get((place, length), 0)
+    checksum = 0 if place is None else checksums.get((place, storage.nbytes()), 0)
     return _Part(storage, place, checksum or zlib.crc32(_bytes_of(storage)))
+
+
+def _place(storage: torch.UntypedStorage, parts: list[MappedPart]) -> int | None:
+    """Return where in the file a storage is, None if it is not mapped from there."""
+    places = (part.place(storage.data_ptr(), storage.nbytes()) for part in parts)
+    return next((place for place in places if place is not None), None)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
