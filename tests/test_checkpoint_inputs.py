@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from distbn_convert.checkpoint import (
     convert_checkpoint,
+    edit,
     gather,
     gather_checkpoints,
     revert_checkpoint,
@@ -126,3 +129,71 @@ def test_an_input_that_is_written_while_it_is_gathered_is_noticed(
     with pytest.raises(ReadError, match=f"rank{changed}.pth changed while it was being read"):
         gather_checkpoints(paths, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
+
+
+def saved_as(kind: str, place: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield an input and a file of it, each that it has."""
+    if kind in ("zip", "legacy"):
+        torch.save(Net().state_dict(), place, _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "safetensors":
+        save_file(Net().state_dict(), place)
+    else:
+        place.mkdir()
+        (place / "logs").mkdir()
+        (place / "logs" / "config.json").write_text("{}")
+    if place.is_file():
+        yield place, place
+        return
+    if kind == "dcp":
+        with warnings.catch_warnings():  # that there is no process group
+            warnings.simplefilter("ignore")
+            dcp.save({"model": Net().state_dict()}, checkpoint_id=place)
+    elif kind == "accelerate":
+        save_file(Net().state_dict(), place / "model.safetensors")
+    else:
+        plain = place.with_name("plain")
+        revert_checkpoint(shards(place.parent), plain, fsync=False)
+        for path in plain.iterdir():
+            path.rename(place / path.name)
+    source = next(place.glob("*.index.json")) if kind == "index" else place
+    for file in sorted(file for file in place.rglob("*") if file.is_file()):
+        yield source, file
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["zip", "legacy", "safetensors", "accelerate", "dcp", "folder", "index"]
+)
+def test_a_file_that_is_written_over_while_it_is_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, in_place: bool
+) -> None:
+    """It stays the same file, and of the same size."""
+    replicate_groups = edit.replicate_groups
+    cases = list(saved_as(kind, tmp_path / "in"))
+    for source, file in cases:
+        data = file.read_bytes()
+        os.utime(file, (1, 1))
+
+        def meanwhile(*args: Any, file: Path = file, data: bytes = data) -> Any:
+            with open(file, "r+b") as opened:
+                opened.write(data)
+            return replicate_groups(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(edit, "replicate_groups", meanwhile)
+            dst = None if in_place else tmp_path / "out"
+            with pytest.raises(ReadError, match=f"{source} changed while it was being read"):
+                convert_checkpoint(source, dst, 2, in_place=in_place, fsync=False)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "in.bak").exists()
+    convert_checkpoint(cases[0][0], tmp_path / "out", 2, fsync=False)
+
+
+def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:
+    """Not even one to the folder in which the output appears."""
+    (tmp_path / "in").mkdir()
+    save_file(Net().state_dict(), tmp_path / "in" / "model.safetensors")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "in" / "outputs").symlink_to(tmp_path / "outputs")
+    convert_checkpoint(tmp_path / "in", tmp_path / "outputs" / "out", 2, fsync=False)
+    assert (tmp_path / "outputs" / "out" / "outputs").is_symlink()

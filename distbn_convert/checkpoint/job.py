@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +117,10 @@ class Job:
         )
 
     def watch(self, path: Path) -> None:
-        """Remember what an input is like before it is opened; it must be the same at the end."""
+        """Remember what an input is like before it is opened; it must be the same at the end.
+
+        With an index that is its whole folder, all of which may be carried over.
+        """
         self._before[path] = _fingerprint(path)
 
     def keep(self, store: Store) -> None:
@@ -275,14 +277,27 @@ def file_info(path: Path, format: str, sha256: bool = False) -> FileInfo:
 
 
 def _fingerprint(path: Path) -> tuple[object, ...]:
+    """Return what shows that a file, or one in a folder or below, was written to or replaced."""
+    if path.name.endswith(".index.json") and path.is_file():
+        path = path.parent
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):  # its time changes when our own temporary file appears
-            names = [entry for entry in os.scandir(path) if not is_temporary(entry.name)]
-            files = sorted((entry.name, entry.inode()) for entry in names)
-            return status.st_dev, status.st_ino, *files
+        if not path.is_dir():
+            return _identity(path)
+        return tuple(sorted((str(file), *_identity(file)) for file in _files_below(path)))
     except OSError as error:
         raise access_error(f"cannot read {path}", error) from error
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files and links in a folder and below, but outputs on their way, as ours are."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_temporary(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (Path(place, name) for name in [*files, *links] if not is_temporary(name))
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    status = os.stat(file) if file.is_file() else os.lstat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
