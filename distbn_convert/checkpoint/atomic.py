@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,12 @@ _BUFFER = 1 << 20  # bytes; what is larger goes to the system uncopied
 
 @contextmanager
 def atomic_output(
-    path: StrPath, *, overwrite: bool = False, expected_bytes: int | None = None, fsync: bool = True
+    path: StrPath,
+    *,
+    overwrite: bool = False,
+    expected_bytes: int | None = None,
+    fsync: bool = True,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Iterator[io.BufferedWriter]:
     """Write a file that is complete when it appears under ``path``.
 
@@ -54,6 +59,8 @@ def atomic_output(
         expected_bytes: **int**, checked against the free space before anything is written.
             Default: None, not checked
         fsync: **bool**, wait until the disk holds the file and its name. Default: True
+        before_writing: **callable**, called when place and space are checked, before anything is
+            made. Default: does nothing
 
     Yields:
         io.BufferedWriter: binary; what is larger than a megabyte goes to the system uncopied.
@@ -70,6 +77,7 @@ def atomic_output(
     """
     target = output_place(path, folder=False, overwrite=overwrite)
     check_space(target.parent, expected_bytes)
+    before_writing()
     remove_stale(target)
     output = _Output(target, overwrite)
     try:

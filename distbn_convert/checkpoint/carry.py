@@ -13,6 +13,7 @@ from typing import IO
 
 from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
+from .folders import check_nothing_lost
 from .places import StrPath, access_error, take_over, told
 from .stream import Progress, Sink, Source
 from .temporaries import is_temporary
@@ -33,6 +34,7 @@ def write_folder(
     overwrite: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Write a copy of a folder in which some files are made anew; it appears complete.
 
@@ -50,6 +52,7 @@ def write_folder(
         overwrite: **bool**, as for :func:`atomic_folder`. Default: False
         fsync: **bool**, as for :func:`atomic_folder`. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
+        before_writing: **callable**, as for :func:`atomic_folder`. Default: does nothing
 
     Yields:
         Path: the complete folder, to be looked at before it is published.
@@ -66,7 +69,16 @@ def write_folder(
     plan = _Plan(source, writers, leave_out, in_place)
     total = sum(sizes.values()) + plan.bytes_to_copy()
     meter = _Meter(total, progress)
-    with atomic_folder(dst, overwrite=overwrite, expected_bytes=total, fsync=fsync) as folder:
+    if overwrite and target.is_dir():
+        check_nothing_lost(dst, target, {*plan.folders, *plan.files, *writers})
+    output = atomic_folder(
+        dst,
+        overwrite=overwrite,
+        expected_bytes=total,
+        fsync=fsync,
+        before_writing=before_writing,
+    )
+    with output as folder:
         with told(dst):
             for name in plan.folders:
                 os.makedirs(folder / name, exist_ok=True)

@@ -10,7 +10,7 @@ import copy
 import io
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -170,6 +170,7 @@ def write_dcp(
     overwrite: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[Path]:
     """Write a folder of torch.distributed.checkpoint with some tensors replaced.
 
@@ -183,6 +184,7 @@ def write_dcp(
         overwrite: **bool**, replace an existing folder. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
+        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -211,6 +213,7 @@ def write_dcp(
         overwrite=overwrite,
         fsync=fsync,
         progress=progress,
+        before_writing=before_writing,
     )
 
 

@@ -81,6 +81,7 @@ class DcpStore:
             overwrite=options.overwrite,
             fsync=options.fsync,
             progress=options.progress,
+            before_writing=options.before_writing,
         )
         with writing as folder:
             if options.verify:

@@ -67,7 +67,11 @@ class FlatStore:
         new = {key: tensor for (_, key), tensor in replacements.items()}
         expected = self.header.size + sum(tensor.nbytes for tensor in new.values())
         output = atomic_output(
-            dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
+            dst,
+            overwrite=options.overwrite,
+            expected_bytes=expected,
+            fsync=options.fsync,
+            before_writing=options.before_writing,
         )
         with (
             output as stream,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,12 +23,17 @@ from .places import (
 from .rename import exchange, rename_to_free_name
 from .temporaries import new_temporary, remove_stale, remove_temporary
 
-__all__ = ["atomic_folder"]
+__all__ = ["atomic_folder", "check_nothing_lost"]
 
 
 @contextmanager
 def atomic_folder(
-    path: StrPath, *, overwrite: bool = False, expected_bytes: int | None = None, fsync: bool = True
+    path: StrPath,
+    *,
+    overwrite: bool = False,
+    expected_bytes: int | None = None,
+    fsync: bool = True,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Fill a folder that is complete when it appears under ``path``.
 
@@ -43,6 +48,8 @@ def atomic_folder(
         expected_bytes: **int**, checked against the free space before anything is written.
             Default: None, not checked
         fsync: **bool**, wait until the disk holds the files and their names. Default: True
+        before_writing: **callable**, called when place and space are checked, before anything is
+            made. Default: does nothing
 
     Yields:
         Path: an empty folder beside ``path``, to be filled.
@@ -59,6 +66,7 @@ def atomic_folder(
     """
     target = output_place(path, folder=True, overwrite=overwrite)
     check_space(target.parent, expected_bytes)
+    before_writing()
     remove_stale(target)
     temporary = new_temporary(target)
     existing = stat_or_none(target)
@@ -73,7 +81,7 @@ def atomic_folder(
             if fsync:
                 _sync_tree(temporary)
             if existing:
-                _check_nothing_lost(path, target, temporary)
+                check_nothing_lost(path, target, _entries(temporary))
                 _replace(temporary, target)
             else:
                 _publish(path, temporary, target)
@@ -108,8 +116,18 @@ def _sync_tree(folder: Path) -> None:
         sync_folder(Path(place))
 
 
-def _check_nothing_lost(path: StrPath, old: Path, new: Path) -> None:
-    lost = sorted(_entries(old) - _entries(new))
+def check_nothing_lost(path: StrPath, old: Path, new: Collection[str]) -> None:
+    """Refuse to replace a folder that holds more than the new one.
+
+    Args:
+        path: **path** of the output, for the message.
+        old: the folder that is there.
+        new: the names of all files and folders of the new one, relative to it.
+
+    Raises:
+        OutputExistsError: entries would be lost.
+    """
+    lost = sorted(_entries(old).difference(new))
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise OutputExistsError(

@@ -103,6 +103,7 @@ class AccelerateStore(_FolderStore):
             overwrite=options.overwrite,
             fsync=options.fsync,
             progress=options.progress,
+            before_writing=options.before_writing,
         )
         with writing as folder:
             for file, tensors in new.items() if options.verify else ():
@@ -168,6 +169,7 @@ class ShardedStore(_FolderStore):
             overwrite=options.overwrite,
             fsync=options.fsync,
             progress=options.progress,
+            before_writing=options.before_writing,
         )
         with writing as folder:
             if options.verify:

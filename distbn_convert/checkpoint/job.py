@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["Job", "file_info"]
 
 Compute = Callable[[Store, "list[Group]"], "Replacements"]
+
+
+class _PreparedError(Exception):
+    """A dry run has come to where it would write."""
 
 
 class Job:
@@ -63,6 +66,11 @@ class Job:
         self.root = self.src.parent if index else self.src  # what is written anew
         self.format = _other_format(self.kind, options.format)
         self._check_shards()
+        self._backup: Path | None = None
+        self._kept: Path | None = None  # the backup, once it is made
+        if options.in_place and options.backup:
+            real = Path(os.path.realpath(self.root))
+            self._backup = real.with_name(real.name + ".bak")
         self.dst = self._place(None if dst is None else as_path(dst))
         self.notes = notes if notes is not None else []
 
@@ -94,11 +102,9 @@ class Job:
             found.raise_concerns(self.src)
         source = file_info(self.root, store.format, options.sha256)
         replacements = compute(store, found.chosen)
-        output = None
         if self.kind is Kind.TORCH_LEGACY and self.format is None:
             self.notes.append("a file in torch's format before 1.6 becomes one in today's, a zip.")
-        if not options.dry_run:
-            output = self._write(store, replacements)
+        output = self._write(store, replacements)
         if virtual_ranks is None:
             ranks = {group.ranks for group in found.chosen}
             virtual_ranks = ranks.pop() if len(ranks) == 1 else None
@@ -189,33 +195,57 @@ class Job:
         sharded = self.options.max_shard_size is not None
         folder = sharded or (self.root.is_dir() and self.format is None)
         output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
+        if self._backup is not None and os.path.lexists(self._backup):
+            raise OutputExistsError(
+                f"{self._backup} exists; move it away, or use backup=False (--no-backup)."
+            )
         return path
 
-    def _write(self, store: Store, replacements: Replacements) -> FileInfo:
+    def _write(self, store: Store, replacements: Replacements) -> FileInfo | None:
+        """Write the output; in a dry run do all that comes before, and return None."""
+        try:
+            self._write_with(store, replacements)
+        except _PreparedError:
+            return None
+        except BaseException:
+            if self._kept is not None:
+                _remove(self._kept)
+            raise
+        return file_info(self.dst, sniff(self.dst).value, self.options.sha256)
+
+    def _write_with(self, store: Store, replacements: Replacements) -> None:
         options = self.options
         writing = WriteOptions(
             overwrite=options.overwrite or options.in_place,
             fsync=options.fsync,
             verify=options.verify,
             progress=options.progress,
+            before_writing=self._begin,
             before_publish=self._check_unchanged,
         )
         if options.verify and (self.format is not None or options.max_shard_size is not None):
             store.check()  # all of it is saved anew
-        with self._backup():
-            if options.max_shard_size is not None:
-                from .reshard import write_shards
+        if options.max_shard_size is not None:
+            from .reshard import write_shards
 
-                limit, state = int(options.max_shard_size), options.state
-                self.notes += write_shards(store, self.dst, replacements, limit, state, writing)
-            elif self.format is None:
-                store.write(self.dst, replacements, writing)
-            else:
-                from .crossformat import write_as
+            limit, state = int(options.max_shard_size), options.state
+            self.notes += write_shards(store, self.dst, replacements, limit, state, writing)
+        elif self.format is None:
+            store.write(self.dst, replacements, writing)
+        else:
+            from .crossformat import write_as
 
-                state = options.state
-                self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
-        return file_info(self.dst, sniff(self.dst).value, options.sha256)
+            state = options.state
+            self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
+
+    def _begin(self) -> None:
+        """Stop a dry run here; keep the input that is about to be replaced as ``SRC.bak``."""
+        if self.options.dry_run:
+            self._check_unchanged()
+            raise _PreparedError
+        if self._backup is not None:
+            self._kept = self._backup
+            _link_or_copy(Path(os.path.realpath(self.root)), self._backup)
 
     def _check_unchanged(self) -> None:
         for path, before in self._before.items():
@@ -224,25 +254,6 @@ class Job:
                     f"{path} changed while it was being read. Nothing was written; run this again "
                     "when its writer has finished."
                 )
-
-    @contextmanager
-    def _backup(self) -> Iterator[None]:
-        """Keep the input as ``SRC.bak`` while it is replaced, and afterwards if that worked."""
-        if not (self.options.in_place and self.options.backup):
-            yield
-            return
-        real = Path(os.path.realpath(self.root))
-        backup = real.with_name(real.name + ".bak")
-        if backup.exists() or backup.is_symlink():
-            raise OutputExistsError(
-                f"{backup} exists; move it away, or use backup=False (--no-backup)."
-            )
-        try:
-            _link_or_copy(real, backup)
-            yield
-        except BaseException:
-            _remove(backup)
-            raise
 
 
 def _other_format(kind: Kind, wanted: str) -> str | None:

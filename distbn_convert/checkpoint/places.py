@@ -154,7 +154,8 @@ def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
 
     Raises:
         OutputExistsError: there is something, and it may not be replaced.
-        FileAccessError: no such parent folder, or something else than a file (a folder) is there.
+        FileAccessError: no such parent folder, or it may not be written to; something else than a
+            file (a folder) is there.
     """
     target = Path(os.path.realpath(path))
     parent = stat_or_none(target.parent)
@@ -174,7 +175,16 @@ def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
             )
     elif not folder and os.fspath(path).endswith(os.sep):
         raise _refusal(errno.EISDIR, f"cannot write {path}: that is the name of a folder.")
+    effective = os.access in os.supports_effective_ids
+    if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
+        raise access_error(f"cannot write {path}", _why_not(target.parent))
     return target
+
+
+def _why_not(folder: Path) -> OSError:
+    """Say why a folder may not be written to, as writing would."""
+    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    return OSError(errno.EROFS if read_only else errno.EACCES, "")
 
 
 def _check_kind(path: StrPath, mode: int, folder: bool) -> None:

@@ -223,6 +223,7 @@ def write_shards(
         overwrite=options.overwrite,
         fsync=options.fsync,
         progress=options.progress,
+        before_writing=options.before_writing,
     )
     with writing as folder:
         if options.verify:

@@ -15,7 +15,7 @@ from .compare import same_bits
 from .flush import flushing
 from .header import read_header
 from .places import StrPath, as_path
-from .safetensors import read_tensor, write
+from .safetensors import describe, read_tensor, write
 from .stores import ReadOptions, WriteOptions, read_back_error
 from .torchfile import TorchFile
 from .torchstore import write_tree
@@ -60,10 +60,15 @@ def write_flat(
         VerificationError: what was read back is not what was meant.
     """
     refuse_shared(tensors)
-    expected = sum(tensor.nbytes for tensor in tensors.values())
-    with atomic_output(
-        dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
-    ) as stream:
+    expected = sum(describe(name, tensor).nbytes for name, tensor in tensors.items())
+    output = atomic_output(
+        dst,
+        overwrite=options.overwrite,
+        expected_bytes=expected,
+        fsync=options.fsync,
+        before_writing=options.before_writing,
+    )
+    with output as stream:
         write(stream, tensors, metadata, progress=options.progress)
         if options.verify:
             with flushing(stream, options.fsync):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import partial
@@ -41,6 +41,7 @@ def write_sharded(
     overwrite: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[Path]:
     """Write the folder of a sharded checkpoint with some tensors replaced.
 
@@ -54,6 +55,7 @@ def write_sharded(
         overwrite: **bool**, replace an existing folder. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
+        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -82,6 +84,7 @@ def write_sharded(
         overwrite=overwrite,
         fsync=fsync,
         progress=progress,
+        before_writing=before_writing,
     )
 
 
@@ -144,6 +147,7 @@ def write_accelerate(
     overwrite: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[Path]:
     """Write a folder with tensors of its safetensors files replaced; the rest is carried over.
 
@@ -155,6 +159,7 @@ def write_accelerate(
         overwrite: **bool**, replace an existing folder. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
+        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -177,6 +182,7 @@ def write_accelerate(
         overwrite=overwrite,
         fsync=fsync,
         progress=progress,
+        before_writing=before_writing,
     )
 
 

@@ -48,6 +48,7 @@ class WriteOptions:
     fsync: bool = True
     verify: bool = True
     progress: Progress | None = None
+    before_writing: Callable[[], None] = lambda: None
     before_publish: Callable[[], None] = lambda: None
 
 

@@ -123,7 +123,11 @@ def write_tree(
     if options.verify and file.zipped is not None:
         check_zip(file.zipped, known=plan.copied if plan else None)
     output = atomic_output(
-        dst, overwrite=options.overwrite, expected_bytes=expected, fsync=options.fsync
+        dst,
+        overwrite=options.overwrite,
+        expected_bytes=expected,
+        fsync=options.fsync,
+        before_writing=options.before_writing,
     )
     with output as stream, reading_back(stream, options.verify, options.fsync) as back:
         if plan is None:
