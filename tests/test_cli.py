@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,29 @@ def test_warnings_go_to_stderr_and_quiet_silences_them(capsys: Any, tmp_path: Pa
     assert done.err.startswith("Warning: 1 of 1 BatchNorms have no num_batches_tracked")
     done = run_cli(capsys, "convert", path, tmp_path / "b", "--vt-world-size", 2, "--quiet")
     assert (done.out, done.err) == ("", "")
+
+
+def test_quiet_prints_errors_alone(capsys: Any, plain: Path) -> None:
+    for command in (["inspect", plain], ["verify", plain], ["verify", plain, "--against", plain]):
+        done = run_cli(capsys, *command, "--quiet")
+        assert (done.code, done.out, done.err) == (0, "", "")
+        assert run_cli(capsys, *command, "--quiet", "--json").json["source"]["path"] == str(plain)
+    assert run_cli(capsys, "inspect", plain.with_name("absent"), "-q").err.startswith("Error: ")
+
+
+def test_an_unusual_compression_ratio_takes_force(capsys: Any, tmp_path: Path) -> None:
+    path = tmp_path / "zeros.pth"
+    torch.save({**Net().state_dict(), "zeros": torch.zeros(100_000)}, tmp_path / "stored")
+    deflated = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "stored") as old, deflated as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    convert = ["convert", path, tmp_path / "out", "--vt-world-size", 2]
+    for command in (["inspect", path], ["verify", path], convert):
+        done = run_cli(capsys, *command)
+        assert done.code == 4
+        assert "as weights never do. If you trust it, use --force." in done.err
+        assert run_cli(capsys, *command, "--force").code == 0
 
 
 def test_a_dry_run_speaks_json_too(capsys: Any, plain: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -17,7 +19,9 @@ from .render import one_line
 from .streams import (
     Terminated,
     allow_color,
+    as_given,
     catch_signals,
+    check_streams,
     echo_json,
     ignore_signals,
     label,
@@ -64,6 +68,7 @@ def main(args: list[str] | None = None) -> None:
     catch_signals()
     told: dict[str, str] = {}  # what a command says about itself, for an error
     try:
+        check_streams()
         cli.main(
             args,
             prog_name="distbn-convert",
@@ -86,10 +91,14 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):  # the reader of our output had enough
-        sys.stderr.close()
+        if sys.stderr is not None:
+            sys.stderr.close()
         return 1
     code, status, message = _describe(error)
-    if "--json" in args:
+    if _is_of_stdout(error):
+        with contextlib.suppress(OSError):  # which else comes again when Python ends
+            sys.stdout.close()
+    if "--json" in args and sys.stdout is not None and not sys.stdout.closed:
         hint = re.split(r"[;.] ", message)[-1] if re.search(r"[;.] ", message) else None
         document = {"code": code, "message": message, "hint": hint, "path": path}
         echo_json({"schema": 1, "error": {**document, "exit_code": status}})
@@ -108,12 +117,20 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
     return status
 
 
+def _is_of_stdout(error: BaseException) -> bool:
+    """Whether the system refused to write to stdout; what it says of files is told with a path."""
+    ours = isinstance(error, DistBNError)
+    return (
+        isinstance(error, OSError) and not ours and error.errno is not None and not error.filename
+    )
+
+
 def _describe(error: BaseException) -> tuple[str, int, str]:
     """Return the word, the exit status and the sentence for an error."""
     if isinstance(error, CheckpointError):
-        return _WORDS[error.exit_code], error.exit_code, one_line(error)
+        return _WORDS[error.exit_code], error.exit_code, one_line(as_given(error))
     if isinstance(error, ConfigurationError):
-        return "usage", 2, one_line(error)
+        return "usage", 2, one_line(as_given(error))
     if isinstance(error, click.ClickException):
         return (
             "usage" if error.exit_code == 2 else "failed",
@@ -126,6 +143,8 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
         return "terminated", 143, "terminated; the output is as it was, or complete."
     if isinstance(error, DistBNError):
         return "failed", 1, one_line(error)
+    if isinstance(error, OSError) and _is_of_stdout(error):
+        return "io", 7, f"cannot write to stdout: {os.strerror(error.errno or 0).lower()}."
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory. Nothing was written."
     return "unexpected", 1, f"{type(error).__name__}: {one_line(error)}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import output_options, reading_options, selecting_options, talking_options
+from .options import (
+    output_options,
+    ratio_option,
+    reading_options,
+    selecting_options,
+    talking_options,
+)
 from .render import checksums, one_line, summary, table
-from .streams import ProgressBar, echo_json, input_path, label, output_path
+from .streams import ProgressBar, echo_json, input_paths, label, output_path, say
 
 if TYPE_CHECKING:
     from ..checkpoint.report import CheckpointReport
@@ -40,10 +46,10 @@ def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> No
     """
     from ..checkpoint import convert_checkpoint
 
-    def run(path: Path, out: Path | None, **keywords: Any) -> CheckpointReport:
-        return convert_checkpoint(path, out, vt_world_size, **keywords)
+    def run(paths: list[Path], out: Path | None, **keywords: Any) -> CheckpointReport:
+        return convert_checkpoint(paths[0], out, vt_world_size, **keywords)
 
-    _write(src, dst, run, "converted", options)
+    _write([src], dst, run, "converted", options)
 
 
 @click.command()
@@ -74,10 +80,10 @@ def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any)
     if rank and reduction != "select":
         raise click.UsageError(f"--rank {rank} goes with --reduction select, not {reduction}.")
 
-    def run(path: Path, out: Path | None, **keywords: Any) -> CheckpointReport:
-        return revert_checkpoint(path, out, reduction, rank, **keywords)
+    def run(paths: list[Path], out: Path | None, **keywords: Any) -> CheckpointReport:
+        return revert_checkpoint(paths[0], out, reduction, rank, **keywords)
 
-    _write(src, dst, run, "reverted", options)
+    _write([src], dst, run, "reverted", options)
 
 
 @click.command()
@@ -90,6 +96,7 @@ def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any)
 )
 @selecting_options
 @reading_options
+@ratio_option
 @talking_options
 def inspect(src: str, plot: str | None, **options: Any) -> None:
     """List the BatchNorms in a checkpoint and how far their virtual ranks disagree.
@@ -101,8 +108,8 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
     from ..checkpoint import inspect_checkpoint
 
     talk = _Talk(options, src)
-    with input_path(src) as path:
-        report = inspect_checkpoint(path, **options)
+    with input_paths(src) as paths:
+        report = inspect_checkpoint(paths[0], **options)
     if plot is not None:
         from ..checkpoint import plot_spread
 
@@ -111,11 +118,13 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
     if talk.json:
         echo_json(report.to_dict())
         return
-    click.echo(table(report))
+    if talk.quiet:
+        return
+    say(table(report))
     if report.opaque_globals:
-        click.echo(f"Python objects, not executed: {one_line(', '.join(report.opaque_globals))}")
+        say(f"Python objects, not executed: {one_line(', '.join(report.opaque_globals))}")
     for line in checksums(report.source):
-        click.echo(line)
+        say(line)
 
 
 @click.command()
@@ -144,10 +153,10 @@ def gather(srcs: tuple[str, ...], dst: str, reduction: str, **options: Any) -> N
     """
     from ..checkpoint import gather_checkpoints
 
-    def run(_: Path, out: Path | None, **keywords: Any) -> CheckpointReport:
-        return gather_checkpoints(srcs, out, reduction, **keywords)
+    def run(paths: list[Path], out: Path | None, **keywords: Any) -> CheckpointReport:
+        return gather_checkpoints(paths, out, reduction, **keywords)
 
-    _write(srcs[0], dst, run, "gathered", options)
+    _write(srcs, dst, run, "gathered", options)
 
 
 @click.command()
@@ -162,6 +171,7 @@ def gather(srcs: tuple[str, ...], dst: str, reduction: str, **options: Any) -> N
 )
 @selecting_options
 @reading_options
+@ratio_option
 @talking_options
 def verify(src: str, against: str | None, tolerance: float, **options: Any) -> None:
     """Check that a checkpoint is sound, or that two hold the same.
@@ -175,8 +185,9 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
     from ..checkpoint import verify_checkpoint
 
     talk = _Talk(options, src)
-    with input_path(src) as path:
-        report = verify_checkpoint(path, against, tolerance, **options)
+    with input_paths(*([src] if against is None else [src, against])) as paths:
+        other = None if against is None else paths[1]
+        report = verify_checkpoint(paths[0], other, tolerance, **options)
     talk.warn(report.warnings)
     if talk.json:
         echo_json(report.to_dict())
@@ -184,17 +195,17 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
     if talk.quiet:
         return
     if report.against is None:
-        click.echo(
+        say(
             f"{one_line(src)} is sound: {report.groups} BatchNorms, "
             f"{report.checksums} checksums matched"
         )
     else:
-        click.echo(
+        say(
             f"{one_line(src)} and {one_line(against)} hold the same: {report.groups} BatchNorms, "
             f"largest difference {report.largest_difference:g}"
         )
     for line in checksums(report.source, report.against):
-        click.echo(line)
+        say(line)
 
 
 class _Talk:
@@ -213,35 +224,37 @@ class _Talk:
         """Print warnings on stderr."""
         if not self.quiet:
             for warning in warnings:
-                click.echo(f"{label('Warning')} {one_line(warning)}", err=True)
+                say(f"{label('Warning')} {one_line(warning)}", err=True)
 
 
 def _write(
-    src: str,
+    srcs: Sequence[str],
     dst: str | None,
     run: Callable[..., CheckpointReport],
     done: str,
     options: dict[str, Any],
 ) -> None:
     """Run a command that writes, with its streams, progress and report."""
-    talk = _Talk(options, src)
+    talk = _Talk(options, srcs[0])
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
     if options["in_place"] and dst and not os.path.exists(dst):
         raise click.UsageError(f"--in-place writes to SRC; leave {dst} out.")
+    if options["in_place"] and "-" in srcs:
+        raise click.UsageError("--in-place writes to a file, not to - (stdin); name SRC, or DST.")
     bar = ProgressBar(not (talk.quiet or talk.json))
-    with input_path(src) as path, output_path(dst) as out, bar as progress:
-        report = run(path, out, progress=progress, **options)
+    with input_paths(*srcs) as paths, output_path(dst) as out, bar as progress:
+        report = run(paths, out, progress=progress, **options)
     talk.warn(report.warnings)
     on_stderr = dst == "-"
     if talk.json and not on_stderr:
         echo_json(report.to_dict())
     elif not talk.quiet:
-        click.echo(summary(report, done), err=on_stderr)
+        say(summary(report, done), err=on_stderr)
         if report.opaque_globals:
             names = one_line(", ".join(report.opaque_globals))
-            click.echo(f"carried through, not executed: {names}", err=on_stderr)
+            say(f"carried through, not executed: {names}", err=on_stderr)
         for line in checksums(report.source, report.output):
-            click.echo(line, err=on_stderr)
+            say(line, err=on_stderr)
         if talk.verbose:
-            click.echo(table(report), err=on_stderr)
+            say(table(report), err=on_stderr)

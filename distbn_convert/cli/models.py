@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .options import no_color
-from .streams import echo_json
+from .streams import echo_json, say
 
 __all__ = ["models"]
 
@@ -86,7 +86,7 @@ def export(
         document = {"schema": 1, "command": "models export", "model": name, "weights": weights}
         echo_json({**document, "virtual_ranks": vt_world_size, "output": output})
         return
-    click.echo(f"wrote {name} with {vt_world_size} virtual ranks to {dst}")
+    say(f"wrote {name} with {vt_world_size} virtual ranks to {dst}")
 
 
 def _list(names: tuple[str, ...], as_json: bool) -> None:
@@ -104,7 +104,7 @@ def _list(names: tuple[str, ...], as_json: bool) -> None:
         return
     width = max(map(len, matched))
     for name, count in counts.items():
-        click.echo(f"{name:{width}}  {count}")
+        say(f"{name:{width}}  {count}")
 
 
 @contextmanager

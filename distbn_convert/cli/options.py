@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-__all__ = ["no_color", "output_options", "reading_options", "selecting_options", "talking_options"]
+__all__ = [
+    "no_color",
+    "output_options",
+    "ratio_option",
+    "reading_options",
+    "selecting_options",
+    "talking_options",
+]
 
 Command = Callable[..., Any]
 
@@ -89,6 +96,11 @@ reading_options = _together(
         "--sha256", is_flag=True, help="Report the SHA-256 of input and output; not of folders."
     ),
     click.option("--check-input", is_flag=True, help="Compare the input with its checksums first."),
+)
+
+# Of commands that only read; those that write have --force for more.
+ratio_option = click.option(
+    "-f", "--force", "allow_compressed", is_flag=True, help="Accept any compression ratio."
 )
 
 # Not passed on: main() looks for it, so that it works for every error.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,20 +20,25 @@ from typing import Any
 
 import click
 
-from ..checkpoint.places import as_path
+from ..checkpoint.places import access_error, as_path
+from ..errors import FileAccessError
 
 __all__ = [
     "ProgressBar",
     "Terminated",
     "allow_color",
+    "as_given",
     "catch_signals",
+    "check_streams",
     "echo_json",
-    "input_path",
+    "input_paths",
     "label",
     "output_path",
+    "say",
 ]
 
 _COLORS = {"Error": "red", "Warning": "yellow"}
+_spools: list[str] = []  # paths of copies of the standard streams
 
 
 class Terminated(BaseException):
@@ -116,29 +122,89 @@ def label(word: str) -> str:
     return click.style(f"{word}:", fg=_COLORS[word], bold=True)
 
 
+def check_streams() -> None:
+    """Refuse to begin without a standard output.
+
+    Raises:
+        FileAccessError: it is closed.
+    """
+    _spools.clear()
+    if sys.stdout is None:
+        raise _closed("stdout")
+
+
+def _closed(name: str) -> FileAccessError:
+    error = FileAccessError(f"{name} is closed; give it a file, or /dev/null.")
+    error.errno = errno.EBADF
+    return error
+
+
+def as_given(text: object) -> str:
+    """Return a text in which copies of standard streams are called ``-``, as the user did."""
+    text = str(text)
+    for spool in _spools:
+        text = text.replace(spool, "-")
+    return text
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text on stdout or stderr."""
+    click.echo(as_given(text), err=err)
+
+
 def echo_json(document: Any) -> None:
     """Print one JSON document on stdout; what is not finite, which JSON lacks, becomes null."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_for_json(document), indent=2, ensure_ascii=False))
 
 
-def _finite(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_for_json(item) for item in value]
+    if isinstance(value, str):
+        return as_given(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
-def input_path(src: str) -> Iterator[Path]:
-    """Yield the path of the input; ``-`` is spooled to a file, since formats need to seek."""
-    if src != "-":
-        yield as_path(src)
+def input_paths(*srcs: str) -> Iterator[list[Path]]:
+    """Yield the paths of inputs; ``-`` is copied to a file, since formats need to seek.
+
+    Raises:
+        click.UsageError: more than one is ``-``.
+        FileAccessError: stdin is closed, or the disk has no room for it.
+        ConfigurationError: a path is empty.
+    """
+    if srcs.count("-") > 1:
+        raise click.UsageError(
+            f"one input can be - (stdin), but got {srcs.count('-')}; name files."
+        )
+    if "-" not in srcs:
+        yield list(map(as_path, srcs))
         return
-    with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
-        path = Path(folder, "stdin")
-        with open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 24)
+    if sys.stdin is None:
+        raise _closed("stdin")
+    with _spool("stdin") as path:
+        try:
+            with open(path, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 24)
+        except OSError as error:
+            where = f"cannot copy stdin to {path.parent.parent} ($TMPDIR can name another folder)"
+            raise access_error(where, error, folder=path.parent) from error
+        yield [path if src == "-" else as_path(src) for src in srcs]
+
+
+@contextmanager
+def _spool(name: str) -> Iterator[Path]:
+    """Yield a path for a copy of a standard stream."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="distbn-convert-")
+    except OSError as error:
+        raise access_error("cannot make a temporary folder ($TMPDIR names where)", error) from error
+    with folder as place:
+        path = Path(place, name)
+        _spools.append(str(path))
         yield path
 
 
@@ -155,8 +221,7 @@ def output_path(dst: str | None) -> Iterator[Path | None]:
         return
     if sys.stdout.isatty():
         raise click.UsageError("a checkpoint is not for the terminal; redirect stdout to a file.")
-    with tempfile.TemporaryDirectory(prefix="distbn-convert-") as folder:
-        path = Path(folder, "stdout")
+    with _spool("stdout") as path:
         yield path
         if path.is_dir():
             raise click.UsageError("a folder cannot go to stdout; name one as DST.")
@@ -170,7 +235,8 @@ class ProgressBar:
     """A bar on stderr for writing that takes more than a second; nothing if that is no terminal."""
 
     def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._enabled = enabled and terminal and os.environ.get("TERM") != "dumb"
         self._started: float | None = None  # when the first bytes were written
         self._bar: Any = None
 

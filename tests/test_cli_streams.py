@@ -1,0 +1,161 @@
+"""Standard streams: what comes and goes through them, what happens if they are full or closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distbn_convert.checkpoint import convert_checkpoint, gather_checkpoints
+
+from .checkpoints import Net, run_cli
+
+PROGRAM = [sys.executable, "-c", "from distbn_convert.cli import main; main()"]
+RANKS = ["--vt-world-size", "2", "--no-fsync"]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    torch.save({"model": Net().state_dict()}, tmp_path / "plain.pth")
+    return tmp_path / "plain.pth"
+
+
+def program(
+    cwd: Path, *args: str, stdin: Path | None = None, shell: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a shell does, with its streams redirected."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **env}
+    command = ["sh", "-c", f'"$@" {shell}', "sh", *PROGRAM, *args]
+    source = open(stdin, "rb") if stdin is not None else subprocess.DEVNULL  # noqa: SIM115
+    done = subprocess.run(
+        command, stdin=source, capture_output=True, cwd=cwd, env=environment, errors="replace"
+    )
+    if not isinstance(source, int):
+        source.close()
+    return done
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int, told: str) -> None:
+    assert done.returncode == code, done
+    assert done.stderr.startswith("Error: "), done
+    assert len(done.stderr.splitlines()) == 1, done
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect plain.pth", "inspect plain.pth --json", "--help"])
+def test_a_full_standard_output_is_told(plain: Path, command: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    done = program(plain.parent, *command.split(), shell=">/dev/full")
+    failed(done, 7, "cannot write to stdout: no space left on device.")
+
+
+def test_a_checkpoint_for_a_full_standard_output_is_told(plain: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    done = program(plain.parent, "convert", "plain.pth", "-", *RANKS, shell=">/dev/full")
+    failed(done, 7, "cannot write to stdout: no space left on device.")
+
+
+@pytest.mark.parametrize("command", ["inspect plain.pth", "convert plain.pth out", "models -h"])
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_closed_standard_output_is_told_first(
+    plain: Path, command: str, option: list[str]
+) -> None:
+    words = command.split()
+    ranks = RANKS if words[0] == "convert" else []
+    done = program(plain.parent, *words, *ranks, *option, shell=">&-")
+    failed(done, 7, "stdout is closed; give it a file, or /dev/null.")
+    assert os.listdir(plain.parent) == ["plain.pth"]
+
+
+def test_a_closed_standard_input_is_told_if_it_is_wanted(plain: Path) -> None:
+    failed(program(plain.parent, "inspect", "-", shell="<&-"), 7, "stdin is closed; give it a file")
+    assert program(plain.parent, "inspect", "plain.pth", shell="<&-").returncode == 0
+
+
+def test_a_closed_standard_error_does_not_matter(plain: Path) -> None:
+    done = program(plain.parent, "convert", "plain.pth", "out", *RANKS, shell="2>&-")
+    assert done.returncode == 0
+    assert program(plain.parent, "inspect", "absent", shell="2>&-").returncode == 7
+
+
+def test_no_room_for_a_copy_of_the_standard_input_is_told(plain: Path) -> None:
+    done = program(plain.parent, "inspect", "-", stdin=plain, shell="", TMPDIR=str(plain.parent))
+    assert done.returncode == 0
+    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", *PROGRAM, "inspect", "-"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(plain.parent)}
+    with open(plain, "rb") as file:
+        full = subprocess.run(limited, stdin=file, capture_output=True, text=True, env=env)
+    told = f"cannot copy stdin to {plain.parent} ($TMPDIR can name another folder): file too large"
+    failed(full, 7, told)
+    assert os.listdir(plain.parent) == ["plain.pth"]
+
+
+def test_the_standard_input_cannot_be_written_in_place(capsys: Any) -> None:
+    for command in (["convert", "-", *RANKS], ["revert", "-"]):
+        done = run_cli(capsys, *command, "--in-place")
+        assert done.code == 2
+        assert "--in-place writes to a file, not to - (stdin)" in done.err
+
+
+def test_only_one_input_can_be_the_standard_one(capsys: Any) -> None:
+    for command in (["gather", "-", "-", "out"], ["verify", "-", "--against", "-"]):
+        done = run_cli(capsys, *command)
+        assert done.code == 2
+        assert "one input can be - (stdin), but got 2; name files." in done.err
+
+
+@pytest.mark.parametrize("srcs", [("-", "plain.pth"), ("plain.pth", "-")])
+def test_one_gathered_file_may_come_from_the_standard_input(
+    plain: Path, srcs: tuple[str, str]
+) -> None:
+    done = program(plain.parent, "gather", *srcs, "out", stdin=plain)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith(f"gathered 3 BatchNorms by stack: {srcs[0]} -> out (")
+    gather_checkpoints([plain, plain], plain.with_name("again"))
+    assert plain.with_name("out").read_bytes() == plain.with_name("again").read_bytes()
+
+
+def test_the_file_to_verify_against_may_come_from_the_standard_input(plain: Path) -> None:
+    convert_checkpoint(plain, plain.with_name("virtual.pth"), 2)
+    done = program(plain.parent, "verify", "virtual.pth", "--against", "-", stdin=plain)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("virtual.pth and - hold the same: 3 BatchNorms")
+    arguments = ["verify", "virtual.pth", "--against", "-", "--json", "--sha256"]
+    document = json.loads(program(plain.parent, *arguments, stdin=plain).stdout)
+    assert (document["source"]["path"], document["against"]["path"]) == ("virtual.pth", "-")
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("inspect -", "- (torch, "),
+        ("convert - out --vt-world-size 2", "to 2 virtual ranks: - -> out (torch, "),
+        ("convert - out --vt-world-size 2 --dry-run", "to 2 virtual ranks: - (torch, "),
+        ("convert - out --vt-world-size 2 --sha256", "  -\n"),
+    ],
+)
+def test_the_standard_input_is_called_as_the_user_did(
+    plain: Path, command: str, shown: str
+) -> None:
+    done = program(plain.parent, *command.split(), stdin=plain)
+    assert shown in done.stdout, done
+    assert "distbn-convert-" not in done.stdout + done.stderr
+    done = program(plain.parent, *command.split(), "--json", "--force", stdin=plain)
+    assert json.loads(done.stdout)["source"]["path"] == "-"
+    assert "distbn-convert-" not in done.stdout
+
+
+def test_errors_call_the_standard_streams_as_the_user_did(plain: Path) -> None:
+    done = program(plain.parent, "revert", "-", "-", stdin=plain)
+    failed(done, 3, "Error: - has no virtual ranks")
+    (plain.parent / "empty").write_bytes(b"")
+    done = program(plain.parent, "inspect", "-", "--json", stdin=plain.parent / "empty")
+    assert json.loads(done.stdout)["error"]["message"].startswith("- is empty (0 bytes)")
