@@ -25,6 +25,7 @@ from .plan import (
     FilterFn,
     PlanEntry,
     accepts,
+    check_filter,
     plan_conversion,
     walk,
     wrapper_of,
@@ -158,7 +159,8 @@ def revert_model(
         statistic bit for bit. ``num_batches_tracked`` is the selected rank's, else the largest.
 
     Raises:
-        ConfigurationError: unknown reduction, a rank out of range, or a process outside the group.
+        ConfigurationError: unknown reduction, a rank out of range, a process outside the group, or
+            a filter_fn that is no function.
         UnsupportedModuleError: a DDP-, FSDP- or DataParallel-wrapped model, a layer whose forward
             was replaced or that is parametrized.
         NothingToConvertError: no layer has virtual ranks, or the filter takes none.
@@ -170,6 +172,7 @@ def revert_model(
         >>> model.bn1.running_mean.shape
         torch.Size([64])
     """
+    check_filter(filter_fn)
     modules = walk(model)
     candidates = [
         PlanEntry(names[0], tuple(names[1:]), module, "filtered", None, "")

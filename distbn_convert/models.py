@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .convert import convert_model
+from .errors import ConfigurationError
 from .plan import FilterFn, plan_conversion
 
 __all__ = ["count_batch_norms", "get_model", "list_models"]
@@ -49,7 +51,7 @@ def get_model(
         nn.Module: the converted model.
 
     Raises:
-        ValueError: torchvision knows no model of that name.
+        ConfigurationError: torchvision knows no model or no weights of that name.
         NothingToConvertError: the model holds no BatchNorm.
         DistBNError: as :func:`~distbn_convert.convert_model`.
 
@@ -57,7 +59,15 @@ def get_model(
 
         >>> model = get_model("resnet18", vt_world_size=8, num_classes=10)
     """
-    model = torchvision.models.get_model(name, weights=weights, **kwargs)
+    try:
+        model = _builder(name)(weights=weights, **kwargs)
+    except KeyError as error:
+        if not isinstance(weights, str):
+            raise
+        known = ", ".join(torchvision.models.get_model_weights(name).__members__)
+        raise ConfigurationError(
+            f"expected weights of {name} ({known}), but got {weights!r}; torchvision has no others."
+        ) from error
     return convert_model(
         model,
         vt_world_size,
@@ -80,14 +90,25 @@ def count_batch_norms(name: str) -> int:
         int: the number of BatchNorm layers, 0 if there is nothing to convert.
 
     Raises:
-        ValueError: torchvision knows no model of that name.
+        ConfigurationError: torchvision knows no model of that name.
     """
-    builder = torchvision.models.get_model_builder(name)
+    builder = _builder(name)
     bare = {"weights_backbone": None, "init_weights": False}  # no download, no waiting
     kwargs = {key: value for key, value in bare.items() if key in signature(builder).parameters}
     with _SkipInit():
         model = builder(**kwargs)
     return len(plan_conversion(model, 1, unsupported="skip").of("convert"))
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    try:
+        builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"expected the name of a torchvision model, but got {name!r}; list_models() "
+            "(distbn-convert models) names them all."
+        ) from error
+    return builder
 
 
 class _SkipInit(TorchFunctionMode):

@@ -115,11 +115,7 @@ def plan_conversion(
             f"unsupported must be 'raise' or 'skip', but got {unsupported!r}; "
             "'skip' leaves unknown layers alone with a warning."
         )
-    if filter_fn is not None and not callable(filter_fn):
-        raise ConfigurationError(
-            f"filter_fn must be a function of (module, fqn), but got {filter_fn!r}; "
-            "pass for example lambda module, fqn: fqn.startswith('backbone')."
-        )
+    check_filter(filter_fn)
     entries = []
     for module, names in walk(model):
         verdict = _judge(module, settings)
@@ -160,6 +156,15 @@ def _paths(module: nn.Module, name: str, above: frozenset[int]) -> Iterator[tupl
     for child_name, child in module._modules.items():
         if child is not None and id(child) not in above:
             yield from _paths(child, f"{name}.{child_name}" if name else child_name, above)
+
+
+def check_filter(filter_fn: FilterFn | None) -> None:
+    """Raise ConfigurationError if a filter is none that can be called."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise ConfigurationError(
+            f"filter_fn must be a function of (module, fqn), but got {filter_fn!r}; "
+            "pass for example lambda module, fqn: fqn.startswith('backbone')."
+        )
 
 
 def accepts(filter_fn: FilterFn | None, module: nn.Module, names: list[str]) -> bool:

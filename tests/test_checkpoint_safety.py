@@ -25,7 +25,7 @@ from torch import nn
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint, revert_checkpoint
 from distbn_convert.errors import CheckpointError, NothingToDoError, ReadError, RefusedError
 
-from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli
+from .checkpoints import BATCH_NORMS, Net, bn_state, load, resaved, run_cli
 
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -352,3 +352,16 @@ def test_reading_from_memory_needs_no_name(tmp_path: Path) -> None:
     path = tmp_path / "really_torch.safetensors"
     path.write_bytes(file.getvalue())
     assert inspect_checkpoint(path).source.format == "torch"
+
+
+@pytest.mark.parametrize(("value", "name"), [(range(3), "range"), (int, "int")])
+def test_names_of_python_2_are_told_in_todays_spelling(
+    tmp_path: Path, value: Any, name: str
+) -> None:
+    """Pickles of torch's protocol call them xrange and long."""
+    path = save(tmp_path / "in", {"model": bn_state(), "value": value})
+    with pytest.raises(RefusedError, match=rf"does not accept: builtins\.{name}\."):
+        convert_checkpoint(path, tmp_path / "out", 2)
+    report = convert_checkpoint(path, tmp_path / "out", 2, opaque=True)
+    assert report.opaque_globals == (f"builtins.{name}",)
+    assert load(tmp_path / "out")["value"] == value

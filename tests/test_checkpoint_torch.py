@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distbn_convert import convert_model
@@ -22,6 +23,7 @@ from distbn_convert.checkpoint import (
     verify_checkpoint,
 )
 from distbn_convert.errors import (
+    NothingToDoError,
     OutputExistsError,
     ReadError,
     RefusedError,
@@ -130,6 +132,46 @@ def test_case_24_cycles_shared_parts_and_odd_keys_keep_their_structure(tmp_path:
     assert virtual[3][0]["x"]["bn.running_var"].shape == (3, 3)
     assert virtual[3][1][0]["bn.running_var"].shape == (3, 3)
     assert back.read_bytes() == resaved(path)
+
+
+def test_a_state_dict_under_two_keys_is_found_under_both(tmp_path: Path) -> None:
+    state = bn_state()
+    path = save(tmp_path, {"a": {"x.y": state}, "b": [{"x.y": state}], "c": bn_state()})
+    for number, wanted in enumerate(("a.x.y", "b.0.x.y", "b")):
+        report = convert_checkpoint(path, tmp_path / f"out{number}", 2, state=wanted)
+        assert report.counts == {"converted": 1, "skipped": 1}
+        virtual = load(tmp_path / f"out{number}")
+        assert virtual["a"]["x.y"] is virtual["b"][0]["x.y"]
+        assert virtual["a"]["x.y"]["bn.running_mean"].shape == (2, 3)
+        assert virtual["c"]["bn.running_mean"].shape == (3,)
+        verify_checkpoint(tmp_path / f"out{number}", path, state=wanted)
+    flat = tmp_path / "flat.safetensors"
+    convert_checkpoint(path, flat, 2, state="b.0.x.y", format="safetensors")
+    assert load_file(flat).keys() == state.keys()
+    with pytest.raises(NothingToDoError, match="outside --state d"):
+        convert_checkpoint(path, tmp_path / "none", 2, state="d")
+
+
+def test_a_file_without_batch_norms_tells_how_many_keys_look_like_one(tmp_path: Path) -> None:
+    path = save(tmp_path, {"my_running_mean": torch.rand(3), "bn.running_mean": [0.5], "x": 3})
+    with pytest.raises(NothingToDoError, match=r"\(1 tensors\)\. Keys ending in running_mean: 2\."):
+        convert_checkpoint(path, tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_statistics_too_coarse_to_average_are_refused(
+    tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    state = bn_state()
+    for key in ("bn.running_mean", "bn.running_var"):
+        state[key] = state[key].to(dtype)
+    path = save(tmp_path, state)
+    if kind == "safetensors":
+        save_file(state, path)
+    told = r"a statistic of bn is (float8_|F8_)\w+, too coarse to average; save it as float32\."
+    with pytest.raises(RefusedError, match=told):
+        convert_checkpoint(path, tmp_path / "out", 2)
 
 
 def test_case_25_tied_batch_norms_stay_tied_and_are_stored_once(tmp_path: Path) -> None:

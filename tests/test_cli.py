@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
 from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli, torchvision_style
 
 COMMANDS = ["convert", "revert", "inspect", "gather", "verify", "models", "models export"]
+HINTS = {4: "--opaque carries it over", 6: ("use ", "Use ")}
 PROGRAM = [sys.executable, "-c", "from distbn_convert.cli import main; main()"]
 
 
@@ -194,7 +196,10 @@ def test_every_exit_code_is_one_line_or_one_json_document(
     assert done.code == code
     assert done.json["error"]["code"] == word
     assert done.json["error"]["exit_code"] == code
-    assert done.json["error"]["message"].endswith(done.json["error"]["hint"] or "")
+    message, hint = done.json["error"]["message"], done.json["error"]["hint"]
+    assert hint is None or message.endswith((f"; {hint}", f". {hint}"))
+    if code in HINTS:
+        assert hint.startswith(HINTS[code])
     if code != 2:
         assert done.json["error"]["path"] == arguments[1]
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
@@ -213,8 +218,12 @@ def test_every_help_shows_an_example(capsys: Any, command: str) -> None:
 
 def test_the_help_documents_the_exit_codes(capsys: Any) -> None:
     done = run_cli(capsys, "--help")
-    for code in ("0", "1", "2", "3", "4", "5", "6", "7", "8", "130"):
-        assert f" {code}" in done.out
+    told = done.out[done.out.index("Exit status:") :]
+    codes = re.findall(r"(?:^ *|  |, )(\d+)(?=,|  )", told, re.MULTILINE)
+    assert codes == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130", "143"]
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    told = readme[readme.index("Exit statuses:") :].partition(".")[0]
+    assert re.findall(r"\d+", told) == codes
 
 
 def test_help_and_safetensors_inspection_import_no_torch(plain: Path) -> None:
@@ -345,7 +354,6 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         *("resnet18", "20"),
         *("vgg11", "0"),
     ]
-    assert run_cli(capsys, "models", "no_such_model").code == 1
     for name in ("r.pth", "r.safetensors"):
         path = tmp_path / name
         done = run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2)
@@ -353,3 +361,23 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         assert inspect_checkpoint(path).virtual_ranks == 2
         assert len(inspect_checkpoint(path).groups) == 20
     assert run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2).code == 6
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "told"),
+    [
+        (2, ["no_such_model"], "none matches no_such_model; run the command without names"),
+        (2, ["export", "nonsense", "o", "--vt-world-size", "2"], "but got 'nonsense'"),
+        (2, ["export", "resnet18", "o", "--vt-world-size", "2", "--weights", "X"], "but got 'X'"),
+        (2, ["export", "resnet18", "o", "--vt-world-size", "0"], "must be a positive int"),
+        (3, ["export", "squeezenet1_1", "o", "--vt-world-size", "2"], "with some BatchNorm"),
+    ],
+)
+def test_what_models_cannot_do_is_one_sentence(
+    capsys: Any, code: int, arguments: list[str], told: str
+) -> None:
+    done = run_cli(capsys, "models", *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert told in done.err.splitlines()[-1]
+    assert "bug" not in done.err
+    assert run_cli(capsys, "models", *arguments, "--json").json["error"]["exit_code"] == code

@@ -321,6 +321,8 @@ def test_filter_that_takes_nothing_is_an_error_also_when_others_are_converted() 
     with pytest.raises(NothingToConvertError, match=r"took none of 2 \('1', '4'\); check"):
         convert_model(model, 2, filter_fn=lambda module, fqn: fqn == "typo")
     with pytest.raises(ConfigurationError, match="filter_fn must be a function of"):
+        revert_model(convert_model(nn.BatchNorm1d(2), 2), filter_fn="bn")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="filter_fn must be a function of"):
         convert_model(model, 2, filter_fn="4")
 
 

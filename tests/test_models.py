@@ -161,11 +161,16 @@ def test_layer_is_a_norm_layer_and_loads_a_plain_checkpoint() -> None:
 
 
 def test_errors_are_torchvisions_and_ours() -> None:
-    with pytest.raises(ValueError, match="Unknown model resnet19"):
-        models.get_model("resnet19")
+    for function in (models.get_model, models.count_batch_norms):
+        with pytest.raises(ConfigurationError, match="name of a torchvision model, .* 'resnet19'"):
+            function("resnet19")
+    with pytest.raises(
+        ConfigurationError, match=r"weights of resnet18 \(IMAGENET1K_V1, DEFAULT\), but got 'X'"
+    ):
+        models.get_model("resnet18", weights="X")
+    with pytest.raises(KeyError):  # not of the weights
+        models.get_model("resnet18", norm_layer=lambda _: {}["absent"])
     with pytest.raises(ConfigurationError, match="vt_world_size must be a positive int"):
         models.get_model("resnet18", 0)
     with pytest.raises(NothingToConvertError):
         models.get_model("squeezenet1_1")
-    with pytest.raises(ValueError, match="Unknown model"):
-        models.count_batch_norms("resnet19")

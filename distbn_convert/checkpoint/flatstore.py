@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_COARSE = ("F8", "F6", "F4")  # floats of fewer bits, which are recognised and refused
 _CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
 
 
@@ -93,7 +94,7 @@ def _spec(info: TensorInfo) -> TensorSpec:
     return TensorSpec(
         dtype=_FLOATS.get(info.dtype, info.dtype),
         shape=info.shape,
-        floating=info.dtype in _FLOATS,
+        floating=info.dtype in _FLOATS or info.dtype.startswith(_COARSE),
     )
 
 

@@ -22,6 +22,7 @@ __all__ = [
 
 PLAIN = (str, bytes, int, float, complex, type(None))  # equal if they look it
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _NAMES = frozenset(("weight", "bias", *STATISTICS))
 
 
@@ -210,8 +211,19 @@ def _group(
         counted=count is not None,
         underscore=underscore,
         problem=_problem(mean, var, count),
-        refusal=next((spec.refusal for spec in (mean, var, count) if spec and spec.refusal), None),
+        refusal=_refusal(mean, var, count),
     )
+
+
+def _refusal(mean: TensorSpec, var: TensorSpec, count: TensorSpec | None) -> str | None:
+    """Say why the tensors of a BatchNorm cannot be handled, None if they can."""
+    for spec in (mean, var, count):
+        if spec is not None and spec.refusal is not None:
+            return spec.refusal
+    for spec in (mean, var):
+        if spec.dtype not in _DTYPES:
+            return f"is {spec.dtype}, too coarse to average; save it as float32"
+    return None
 
 
 def _why_no_batch_norm(

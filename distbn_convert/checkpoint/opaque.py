@@ -7,6 +7,7 @@ the code that made it, and without trust: a payload stays a payload, and is list
 
 from __future__ import annotations
 
+import _compat_pickle
 import collections
 import copyreg
 import pickle
@@ -128,8 +129,14 @@ class _Names:
         return self.inert[key]
 
     def listed(self) -> list[str]:
-        """Return the names, ``"posix.system"``; those of Python 2's spelling in today's."""
-        return [".".join(key).replace("__builtin__.", "builtins.") for key in self.inert]
+        """Return the names, ``"posix.system"``; those of Python 2 in today's spelling."""
+        return [".".join(_todays(*key)) for key in self.inert]
+
+
+def _todays(module: str, name: str) -> tuple[str, str]:
+    """Return the name that Python 3 gives to what a pickle of protocol 2 calls as Python 2 did."""
+    renamed = _compat_pickle.NAME_MAPPING.get((module, name))
+    return renamed or (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
 
 
 # The pickler in Python, since that in C looks up what it names; typeshed hides its methods.

@@ -112,4 +112,4 @@ class Options:
     @property
     def reading(self) -> ReadOptions:
         """The part that opens files."""
-        return ReadOptions(self.opaque, self.allow_globals, self.allow_compressed)
+        return ReadOptions(self.state, self.opaque, self.allow_globals, self.allow_compressed)

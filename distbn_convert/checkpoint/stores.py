@@ -35,6 +35,7 @@ Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
 class ReadOptions:
     """How a file is opened; see :class:`~distbn_convert.checkpoint.Options`."""
 
+    state: str | None = None
     opaque: bool = False
     allow_globals: tuple[str, ...] = ()
     allow_compressed: bool = False

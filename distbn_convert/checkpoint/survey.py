@@ -127,7 +127,9 @@ def _nothing(
     store: Store, path: Path, skipped: Sequence[tuple[Group, str]], concerns: Sequence[str]
 ) -> NothingToDoError:
     if not skipped:
-        more = f" {concerns[0]}" if concerns else " Keys ending in running_mean: 0."
+        keys = [key for _, specs in store.mappings() for key in specs]
+        count = sum(isinstance(key, str) and key.endswith("running_mean") for key in keys)
+        more = f" {concerns[0]}" if concerns else f" Keys ending in running_mean: {count}."
         return NothingToDoError(
             f"no BatchNorm statistics found in {path} ({store.tensors} tensors).{more}"
         )

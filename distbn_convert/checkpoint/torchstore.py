@@ -40,7 +40,7 @@ class TreeStore:
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for _, leaf in walk_leaves(file.tree))
-        self._mappings = dict(walk_mappings(file.tree))
+        self._mappings = dict(walk_mappings(file.tree, options.state))
 
     @property
     def tree(self) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import TensorSpec
+from .groups import TensorSpec, key_name
 from .opaque import InertObject
 
 __all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
@@ -16,14 +16,23 @@ __all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
 Path = tuple[Any, ...]
 
 
-def walk_mappings(tree: Any) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
+def walk_mappings(
+    tree: Any, first: str | None = None
+) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
     """Yield each mapping of a nested tree once, with the keys that lead to it, in order.
 
     Cycles end, and a mapping that is shared appears under the first of its paths. Dictionaries,
     lists and tuples are looked into, and the items of unknown dictionaries; objects are not.
+
+    Args:
+        tree: what was loaded.
+        first: dotted path of a sub-tree to begin with, so that what is shared appears under it.
+            Default: None, the top
     """
     seen: set[int] = set()
     stack: list[tuple[Path, Any]] = [((), tree)]
+    if first is not None:
+        stack.extend(_at(tree, first))
     while stack:
         path, node = stack.pop()
         if id(node) in seen:
@@ -36,6 +45,16 @@ def walk_mappings(tree: Any) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
         if isinstance(node, dict):
             yield path, node
         stack.extend(((*path, key), value) for key, value in reversed(children))
+
+
+def _at(node: Any, wanted: str, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield what is at a dotted path; keys may have dots of their own."""
+    for key, value in _children(node):
+        name = key_name(key)
+        if name == wanted:
+            yield (*path, key), value
+        elif wanted.startswith(name + "."):
+            yield from _at(value, wanted[len(name) + 1 :], (*path, key))
 
 
 def walk_leaves(tree: Any) -> Iterator[tuple[Path, Any]]:

@@ -12,7 +12,13 @@ import traceback
 import click
 
 from .. import __version__
-from ..errors import CheckpointError, ConfigurationError, DistBNError
+from ..errors import (
+    CheckpointError,
+    ConfigurationError,
+    DistBNError,
+    NothingToConvertError,
+    UnsupportedModuleError,
+)
 from .checkpoints import convert, gather, inspect, revert, verify
 from .models import models
 from .render import one_line
@@ -141,6 +147,9 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
         return "interrupted", 130, "interrupted; the output is as it was, or complete."
     if isinstance(error, Terminated):
         return "terminated", 143, "terminated; the output is as it was, or complete."
+    for kind, status in ((NothingToConvertError, 3), (UnsupportedModuleError, 4)):
+        if isinstance(error, kind):
+            return _WORDS[status], status, one_line(error)
     if isinstance(error, DistBNError):
         return "failed", 1, one_line(error)
     if isinstance(error, OSError) and _is_of_stdout(error):

@@ -94,7 +94,7 @@ def _list(names: tuple[str, ...], as_json: bool) -> None:
         from ..models import count_batch_norms, list_models
     matched = list_models(include=list(names) or None)
     if not matched:
-        raise click.ClickException(
+        raise click.UsageError(
             f"expected names of torchvision models, but none matches {', '.join(names)}; "
             "run the command without names to see them all."
         )
