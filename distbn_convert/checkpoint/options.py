@@ -60,9 +60,10 @@ class Options:
         opaque: carry unknown Python objects through, unexecuted. Default: False
         allow_globals: full names of classes that the file may make. Default: none
         allow_compressed: accept any compression ratio. Default: False
-        check_input: compare the input with its checksums first. Default: False
+        check_input: compare all of each input with its checksums first. Default: False
         sha256: report the SHA-256 of input and output; not of folders. Default: False
-        verify: read the output back and compare before it appears. Default: True
+        verify: compare what is read or saved anew with the input's checksums, read the output back
+            and compare before it appears. Default: True
         fsync: wait until the disk holds the output. Default: True
         progress: called with (bytes written, bytes expected) now and then. Default: None
     """

@@ -71,7 +71,7 @@ output_options = _together(
         "--verify/--no-verify",
         default=True,
         show_default=True,
-        help="Read the output back and compare before it appears.",
+        help="Compare what is saved anew with its checksums, and the output, read back.",
     ),
     click.option(
         "--fsync/--no-fsync",
@@ -95,7 +95,9 @@ reading_options = _together(
     click.option(
         "--sha256", is_flag=True, help="Report the SHA-256 of input and output; not of folders."
     ),
-    click.option("--check-input", is_flag=True, help="Compare the input with its checksums first."),
+    click.option(
+        "--check-input", is_flag=True, help="Compare all of each input with its checksums first."
+    ),
 )
 
 # Of commands that only read; those that write have --force for more.
