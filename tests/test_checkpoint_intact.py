@@ -204,6 +204,20 @@ def test_a_flipped_bit_in_any_gathered_file_is_told(
     assert sorted(os.listdir(tmp_path)) == ["rank0", "rank1", "rank2"]
 
 
+def test_gathered_files_that_are_not_mapped_are_checked_whole(capsys: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / "rank0", tmp_path / "rank1"]
+    empty = {"n.running_mean": torch.ones(0), "n.running_var": torch.ones(0)}
+    for content, code in ((empty, 0), (state(), 5)):
+        for path in paths:
+            torch.save(content, path)
+            pack(path)
+        place = dict(members(paths[1])).get("4")
+        if place is not None:
+            flip(paths[1], place)
+        done = run_cli(capsys, "gather", *paths, tmp_path / "out", "--no-fsync", "-f")
+        assert done.code == code, done
+
+
 def test_every_gathered_folder_is_checked_if_that_is_wished(capsys: Any, tmp_path: Path) -> None:
     optimizers = [accelerate(tmp_path / name) for name in ("one", "two")]
     flip(optimizers[1], dict(members(optimizers[1]))["0"])

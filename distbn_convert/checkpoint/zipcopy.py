@@ -114,13 +114,14 @@ def checksums_beside(file: TorchFile, tensors: Iterable[torch.Tensor]) -> dict[P
     Returns:
         dict: by start and length; empty if it is not known where in the file the tensors are.
     """
-    parts = mapped_parts(file.mapped) if file.mapped is not None else []
+    if file.mapped is None:
+        return {}
+    parts = mapped_parts(file.mapped)
     places = []
     for storage in (tensor.untyped_storage() for tensor in tensors):
         places.append(_place(storage, parts))
         if places[-1] is None and storage.nbytes():
             return {}
-    assert file.mapped is not None
     return {
         (start, length): checksum
         for (start, length), checksum in _checksums(file.mapped).items()
