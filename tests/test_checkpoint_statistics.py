@@ -9,9 +9,11 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
+from distbn_convert import convert_model
 from distbn_convert.checkpoint import (
     convert_checkpoint,
     inspect_checkpoint,
@@ -290,3 +292,14 @@ def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Pat
     report = convert_checkpoint(save(tmp_path, state), tmp_path / "alone", 2, ema_underscore=True)
     assert any("ema_head" in warning for warning in report.warnings)
     assert load(tmp_path / "alone")["ema_head_running_mean"].shape == (4,)
+
+
+def test_frozen_layers_are_left_out_as_convert_model_leaves_them(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(torchvision.ops.FrozenBatchNorm2d(8), nn.BatchNorm2d(8))
+
+    path = save(tmp_path, net().state_dict())
+    report = convert_checkpoint(path, tmp_path / "all", 4)
+    assert any("FrozenBatchNorm" in warning for warning in report.warnings)
+    convert_checkpoint(path, tmp_path / "some", 4, exclude=("0",))
+    convert_model(net(), 4).load_state_dict(load(tmp_path / "some"))

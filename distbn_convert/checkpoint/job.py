@@ -195,11 +195,14 @@ class Job:
         sharded = self.options.max_shard_size is not None
         folder = sharded or (self.root.is_dir() and self.format is None)
         output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
+        self._check_backup()
+        return path
+
+    def _check_backup(self) -> None:
         if self._backup is not None and os.path.lexists(self._backup):
             raise OutputExistsError(
                 f"{self._backup} exists; move it away, or use backup=False (--no-backup)."
             )
-        return path
 
     def _write(self, store: Store, replacements: Replacements) -> FileInfo | None:
         """Write the output; in a dry run do all that comes before, and return None."""
@@ -244,6 +247,7 @@ class Job:
             self._check_unchanged()
             raise _PreparedError
         if self._backup is not None:
+            self._check_backup()  # again: it may have appeared since
             self._kept = self._backup
             _link_or_copy(Path(os.path.realpath(self.root)), self._backup)
 

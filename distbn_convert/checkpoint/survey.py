@@ -119,7 +119,8 @@ def _tell_skipped(result: Survey) -> None:
     if uncounted:
         result.notes.append(
             f"{len(uncounted)} of {len(result.chosen)} BatchNorms have no num_batches_tracked "
-            f"(first {uncounted[0].full_name}); none was made up."
+            f"(first {uncounted[0].full_name}); none was made up. FrozenBatchNorm has none "
+            "either and stays plain in convert_model; exclude (--exclude) leaves such layers out."
         )
 
 
