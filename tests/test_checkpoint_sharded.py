@@ -146,11 +146,13 @@ def test_one_batch_norm_may_straddle_two_shards(tmp_path: Path) -> None:
     assert load_file(target / "b.safetensors")[BN_KEYS[1]].shape == (4, 16)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_a_torch_shard_keeps_its_metadata_order_and_other_values(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     state = model().state_dict()
     state["epoch"] = 3
+    state["sparse"] = torch.eye(2).to_sparse()
     torch.save(state, source / "pytorch_model-1.bin")
     weight_map = dict.fromkeys((key for key in state if key != "epoch"), "pytorch_model-1.bin")
     write_index(source, weight_map, "pytorch_model.bin.index.json")
@@ -162,6 +164,7 @@ def test_a_torch_shard_keeps_its_metadata_order_and_other_values(tmp_path: Path)
     assert loaded._metadata == state._metadata
     assert list(loaded) == list(state)
     assert loaded["epoch"] == 3
+    assert torch.equal(loaded["sparse"].to_dense(), torch.eye(2))
 
 
 def write_index(

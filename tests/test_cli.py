@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -361,6 +362,22 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         assert inspect_checkpoint(path).virtual_ranks == 2
         assert len(inspect_checkpoint(path).groups) == 20
     assert run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2).code == 6
+
+
+def test_weights_that_cannot_be_fetched_are_told(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise URLError("no such host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    options = ["--vt-world-size", 2, "--weights", "DEFAULT"]
+    done = run_cli(capsys, "models", "export", "resnet18", tmp_path / "o", *options)
+    assert done.code == 7
+    told = "Error: cannot fetch the weights DEFAULT of resnet18: no such host; check the network"
+    assert done.err.splitlines()[-1].startswith(told)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

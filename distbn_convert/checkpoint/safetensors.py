@@ -185,7 +185,8 @@ def header_of(state: Mapping[str, object]) -> Header:
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and isinstance(name, str):
             dtype, shape = format_name(value.dtype), tuple(value.shape)
-            infos[name] = TensorInfo(name, dtype, shape, 0, value.nbytes)
+            size = value.numel() * value.element_size()  # a sparse one has no nbytes
+            infos[name] = TensorInfo(name, dtype, shape, 0, size)
     return Header(infos, None, 0)
 
 

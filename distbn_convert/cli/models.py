@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..errors import FileAccessError
 from .options import no_color
 from .streams import echo_json, say
 
@@ -79,7 +80,13 @@ def export(
         from ..models import get_model
     from ..checkpoint import inspect_checkpoint, save_state_dict
 
-    model = get_model(name, vt_world_size, weights)
+    try:
+        model = get_model(name, vt_world_size, weights)
+    except OSError as error:
+        raise FileAccessError(
+            f"cannot fetch the weights {weights} of {name}: {getattr(error, 'reason', error)}; "
+            "check the network, or leave --weights out."
+        ) from error
     save_state_dict(model.state_dict(), dst, overwrite=force)
     if as_json:
         output = asdict(inspect_checkpoint(dst).source)
