@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import sys
 import traceback
@@ -23,6 +22,7 @@ from .checkpoints import convert, gather, inspect, revert, verify
 from .models import models
 from .render import one_line
 from .streams import (
+    StdoutError,
     Terminated,
     allow_color,
     as_given,
@@ -32,6 +32,7 @@ from .streams import (
     ignore_signals,
     label,
     stop_behind,
+    to_stdout,
 )
 
 __all__ = ["main"]
@@ -75,13 +76,15 @@ def main(args: list[str] | None = None) -> None:
     told: dict[str, str] = {}  # what a command says about itself, for an error
     try:
         check_streams()
-        cli.main(
-            args,
-            prog_name="distbn-convert",
-            standalone_mode=False,
-            obj=told,
-            color=allow_color(args),
-        )
+        asked = {"-h", "--help", "--version"} & set(args)  # then click does nothing but print
+        with to_stdout() if asked else contextlib.nullcontext():
+            cli.main(
+                args,
+                prog_name="distbn-convert",
+                standalone_mode=False,
+                obj=told,
+                color=allow_color(args),
+            )
         ignore_signals()
         status = 0
     except BaseException as error:
@@ -101,7 +104,7 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
             sys.stderr.close()
         return 1
     code, status, message = _describe(error)
-    if _is_of_stdout(error):
+    if isinstance(error, StdoutError):
         with contextlib.suppress(OSError):  # which else comes again when Python ends
             sys.stdout.close()
     if "--json" in args and sys.stdout is not None and not sys.stdout.closed:
@@ -121,14 +124,6 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
         else:
             click.echo("This is a bug; please report it with what -v shows.", err=True)
     return status
-
-
-def _is_of_stdout(error: BaseException) -> bool:
-    """Whether the system refused to write to stdout; what it says of files is told with a path."""
-    ours = isinstance(error, DistBNError)
-    return (
-        isinstance(error, OSError) and not ours and error.errno is not None and not error.filename
-    )
 
 
 def _describe(error: BaseException) -> tuple[str, int, str]:
@@ -152,8 +147,6 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
             return _WORDS[status], status, one_line(error)
     if isinstance(error, DistBNError):
         return "failed", 1, one_line(error)
-    if isinstance(error, OSError) and _is_of_stdout(error):
-        return "io", 7, f"cannot write to stdout: {os.strerror(error.errno or 0).lower()}."
     if isinstance(error, MemoryError):
         return "memory", 1, "not enough memory. Nothing was written."
     return "unexpected", 1, f"{type(error).__name__}: {one_line(error)}"

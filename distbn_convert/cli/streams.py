@@ -25,6 +25,7 @@ from ..errors import FileAccessError
 
 __all__ = [
     "ProgressBar",
+    "StdoutError",
     "Terminated",
     "allow_color",
     "as_given",
@@ -35,6 +36,7 @@ __all__ = [
     "label",
     "output_path",
     "say",
+    "to_stdout",
 ]
 
 _COLORS = {"Error": "red", "Warning": "yellow"}
@@ -147,14 +149,35 @@ def as_given(text: object) -> str:
     return text
 
 
+class StdoutError(FileAccessError):
+    """The system refuses to write to stdout."""
+
+
+@contextmanager
+def to_stdout() -> Iterator[None]:
+    """Call it an error of stdout if the system refuses to write in the block."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader had enough
+        raise
+    except OSError as error:
+        told = access_error("cannot write to stdout", error)
+        raise StdoutError(*told.args) from error
+
+
 def say(text: str, err: bool = False) -> None:
     """Print a text on stdout or stderr."""
-    click.echo(as_given(text), err=err)
+    if err:
+        click.echo(as_given(text), err=True)
+        return
+    with to_stdout():
+        click.echo(as_given(text))
 
 
 def echo_json(document: Any) -> None:
     """Print one JSON document on stdout; what is not finite, which JSON lacks, becomes null."""
-    click.echo(json.dumps(_for_json(document), indent=2, ensure_ascii=False))
+    with to_stdout():
+        click.echo(json.dumps(_for_json(document), indent=2, ensure_ascii=False))
 
 
 def _for_json(value: Any) -> Any:
@@ -226,9 +249,9 @@ def output_path(dst: str | None) -> Iterator[Path | None]:
         if path.is_dir():
             raise click.UsageError("a folder cannot go to stdout; name one as DST.")
         if path.exists():
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, to_stdout():
                 shutil.copyfileobj(file, sys.stdout.buffer, 1 << 24)
-            sys.stdout.buffer.flush()
+                sys.stdout.buffer.flush()
 
 
 class ProgressBar:
