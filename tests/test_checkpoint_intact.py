@@ -40,7 +40,7 @@ def members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
     data = path.read_bytes()[start:stop]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
-            place = data_start(io.BytesIO(data), info)  # type: ignore[arg-type]
+            place = data_start(io.BytesIO(data), info)
             assert place is not None
             content = data[place : place + info.compress_size]
             in_name = content.find(b"conv1.weight" if b"conv1.weight" in content else b"torch")

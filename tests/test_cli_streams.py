@@ -32,13 +32,10 @@ def program(
     """Run the command line as a shell does, with its streams redirected."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **env}
     command = ["sh", "-c", f'"$@" {shell}', "sh", *PROGRAM, *args]
-    source = open(stdin, "rb") if stdin is not None else subprocess.DEVNULL  # noqa: SIM115
-    done = subprocess.run(
-        command, stdin=source, capture_output=True, cwd=cwd, env=environment, errors="replace"
-    )
-    if not isinstance(source, int):
-        source.close()
-    return done
+    with open(stdin or os.devnull, "rb") as source:
+        return subprocess.run(
+            command, stdin=source, capture_output=True, cwd=cwd, env=environment, errors="replace"
+        )
 
 
 def failed(done: subprocess.CompletedProcess[str], code: int, told: str) -> None:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import ReadError
 from .places import StrPath
@@ -115,7 +116,7 @@ def sha256_of(path: StrPath) -> str:
     return digest.hexdigest()
 
 
-def data_start(file: io.FileIO, info: zipfile.ZipInfo) -> int | None:
+def data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int | None:
     """Return where in a zip the bytes of a member begin; None if the member is not there."""
     file.seek(info.header_offset)
     header = file.read(_LOCAL.size)

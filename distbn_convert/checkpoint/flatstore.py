@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import atomic_output
 from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
@@ -67,15 +66,8 @@ class FlatStore:
         """Copy the file with the replacements."""
         new = {key: tensor for (_, key), tensor in replacements.items()}
         expected = self.header.size + sum(tensor.nbytes for tensor in new.values())
-        output = atomic_output(
-            dst,
-            overwrite=options.overwrite,
-            expected_bytes=expected,
-            fsync=options.fsync,
-            before_writing=options.before_writing,
-        )
         with (
-            output as stream,
+            options.output(dst, expected) as stream,
             reading_back(stream, options.verify, options.fsync, self.path) as back,
         ):
             rewrite(self.path, stream, self.header, new, progress=options.progress, back=back)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import RefusedError
-from .atomic import atomic_output
 from .compare import same_bits
 from .flush import flushing
 from .header import read_header
@@ -61,14 +60,7 @@ def write_flat(
     """
     refuse_shared(tensors)
     expected = sum(describe(name, tensor).nbytes for name, tensor in tensors.items())
-    output = atomic_output(
-        dst,
-        overwrite=options.overwrite,
-        expected_bytes=expected,
-        fsync=options.fsync,
-        before_writing=options.before_writing,
-    )
-    with output as stream:
+    with options.output(dst, expected) as stream:
         write(stream, tensors, metadata, progress=options.progress)
         if options.verify:
             with flushing(stream, options.fsync):

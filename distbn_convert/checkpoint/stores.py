@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import VerificationError
+from .atomic import atomic_output
 from .groups import Group, TensorSpec
 from .sniff import Kind, sniff
 
@@ -51,6 +54,16 @@ class WriteOptions:
     progress: Progress | None = None
     before_writing: Callable[[], None] = lambda: None
     before_publish: Callable[[], None] = lambda: None
+
+    def output(self, dst: Path, expected_bytes: int) -> AbstractContextManager[BufferedWriter]:
+        """Return the file to write to, see :func:`~.atomic.atomic_output`."""
+        return atomic_output(
+            dst,
+            overwrite=self.overwrite,
+            expected_bytes=expected_bytes,
+            fsync=self.fsync,
+            before_writing=self.before_writing,
+        )
 
 
 class Store(Protocol):

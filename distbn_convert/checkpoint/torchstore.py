@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ReadError
-from .atomic import atomic_output
 from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
@@ -122,14 +121,10 @@ def write_tree(
     plan = plan_copy(file)
     if options.verify and file.zipped is not None:
         check_zip(file.zipped, known=plan.copied if plan else None)
-    output = atomic_output(
-        dst,
-        overwrite=options.overwrite,
-        expected_bytes=expected,
-        fsync=options.fsync,
-        before_writing=options.before_writing,
-    )
-    with output as stream, reading_back(stream, options.verify, options.fsync) as back:
+    with (
+        options.output(dst, expected) as stream,
+        reading_back(stream, options.verify, options.fsync) as back,
+    ):
         if plan is None:
             save_torch(file, Counted(stream, options.progress, expected, back))
         else:
