@@ -91,26 +91,25 @@ def reduce_statistics(
         check_reduction(reduction, rank, running_mean.shape[0])
     if reduction == "select":
         return running_mean[rank], running_var[rank]
-    mean, var = _wide_mean(running_mean), _wide_mean(running_var)
-    same_mean, same_var = _rows_equal(running_mean), _rows_equal(running_var)
+    # Both at once: an evaluation does this in every layer, and each operation is a launch.
+    rows = torch.stack((running_mean, running_var))
+    # Metal has no float64.
+    wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+    reduced = wide.mean(1)
+    same = (rows.amin(1) == rows.amax(1)) | rows.isnan().all(1)
     if reduction == "pooled":
-        var = var + _wide_mean((running_mean.to(mean.dtype) - mean).square())
-        same_var = same_var & same_mean
-    return (
-        torch.where(same_mean, running_mean[0], mean.to(running_mean.dtype)),
-        torch.where(same_var, running_var[0], var.to(running_var.dtype)),
-    )
+        spread = (wide[0] - reduced[0]).square().mean(0)
+        reduced = torch.stack((reduced[0], reduced[1] + spread))
+        same = torch.stack((same[0], same.all(0)))
+    reduced = reduced.to(rows.dtype)
+    mean, var = (torch.where(same[i], rows[i, 0], reduced[i]) for i in (0, 1))
+    return mean.to(running_mean.dtype), var.to(running_var.dtype)
 
 
 def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int = 0) -> Tensor:
     """Reduce the counters ``int64 Tensor[V]``: the selected one, else the largest."""
     check_reduction(reduction, rank, num_batches_tracked.shape[0])
     return num_batches_tracked[rank] if reduction == "select" else num_batches_tracked.amax(0)
-
-
-def _rows_equal(rows: Tensor) -> Tensor:
-    """Return for each channel of ``Tensor[V, C]`` whether all ranks agree, NaN with NaN."""
-    return ((rows == rows[0]) | (rows.isnan() & rows[0].isnan())).all(0)
 
 
 def reduce_rows(
@@ -168,10 +167,3 @@ def merge_moments(count: Tensor, mean: Tensor, deviations: Tensor) -> tuple[Tens
     union = (count * mean).sum(0, keepdim) / total.clamp(min=1)
     deviations = (deviations + count * (mean - union).square()).sum(0, keepdim)
     return total, union, deviations
-
-
-def _wide_mean(rows: Tensor) -> Tensor:
-    """Average ``Tensor[V, C]`` over V in float64."""
-    # Metal has no float64.
-    wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
-    return wide.sum(0) / wide.shape[0]
