@@ -6,6 +6,8 @@
 #include "simd.h"
 #include "statistics.h"
 
+#include <utility>
+
 namespace distbn {
 
 constexpr int64_t kRowsChunk = 16384;
@@ -13,8 +15,10 @@ constexpr int64_t kRowsChunk = 16384;
 // this many bits.
 constexpr int64_t kRowsHeadPart = 16;
 constexpr int64_t kRowsMinHead = 64;
-// Values summed in float32 lanes (64 of them) before the sums go to double.
-constexpr int64_t kRowsFlush = 4096;
+// Vectors of lanes of each of two sums: half of the registers, but no more than hide the additions.
+constexpr int kSums = std::min(kHalfOfRegisters / 2, 4);
+// Values summed in float32 lanes before the sums go to double: 64 to a lane.
+constexpr int64_t kRowsFlush = 64 * kSums * kLanes<float>;
 // Shorter runs are not streamed: too many of their lines are shared with the next channel's run, and
 // a line that is partly streamed costs more than one that is not.
 constexpr int64_t kStreamRunBytes = 512;
@@ -63,27 +67,26 @@ struct RowsBase {
             Chunks(share.count, cut)};
   }
 
-  // Calls full(lane, offset) for whole vectors of a run and part(lane, offset, count) for the rest;
-  // successive vectors fall to different lanes, 0 to 3, so that sums do not wait for each other.
+  // Calls full(sum, offset) for whole vectors of a run and part(sum, offset, count) for the rest;
+  // successive vectors fall to different sums, so that these do not wait for each other.
   template <class Full, class Part>
   static INLINE void each_vector(int64_t size, const Full& full, const Part& part) {
+    constexpr int64_t kStep = kSums * L;
     int64_t i = 0;
-    for (; i + 4 * L <= size; i += 4 * L) {
-      full(0, i);
-      full(1, i + L);
-      full(2, i + 2 * L);
-      full(3, i + 3 * L);
+    for (; i + kStep <= size; i += kStep) some<kSums>(full, i);
+    if constexpr (kSums > 2) {
+      if (i + 2 * L <= size) {
+        some<2>(full, i);
+        i += 2 * L;
+      }
     }
-    if (i + 2 * L <= size) {
-      full(0, i);
-      full(1, i + L);
-      i += 2 * L;
+    if constexpr (kSums > 1) {
+      if (i + L <= size) {
+        full(kSums / 2, i);
+        i += L;
+      }
     }
-    if (i + L <= size) {
-      full(2, i);
-      i += L;
-    }
-    if (i < size) part(3, i, size - i);
+    if (i < size) part(kSums - 1, i, size - i);
   }
 
   // Writes make(offset), a vector, or make(offset, count), its first lanes, to each place of a run.
@@ -99,6 +102,13 @@ struct RowsBase {
   }
 
  private:
+  template <int N, class Full>
+  static INLINE void some(const Full& full, int64_t i) {
+    [&]<int... k>(std::integer_sequence<int, k...>) INLINE_LAMBDA {
+      (full(k, i + k * L), ...);
+    }(std::make_integer_sequence<int, N>());
+  }
+
   template <class Make, class Put>
   static INLINE void write(T* run, int64_t i, int64_t size, const Make& make, const Put& put) {
     for (; i + 4 * L <= size; i += 4 * L) {
@@ -130,15 +140,22 @@ struct RowsBase {
   }
 };
 
-// Sums in four vectors of lanes, then in double.
+// Sums in some vectors of lanes, then in double. No array and no loop over them, for which GCC would
+// keep them in memory; for the same reason all that adds to them is inlined.
 template <class A>
 struct LaneSums {
-  Vec<A> lanes[4] = {};
+  Vec<A> first = splat(A(0)), second = first, third = first, fourth = first;
   double total = 0;
 
+  INLINE void add(int sum, Vec<A> v) {
+    (sum == 0 ? first : sum == 1 ? second : sum == 2 ? third : fourth) += v;
+  }
+
   INLINE void flush() {
-    total += sum_lanes<A>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
-    for (auto& lane : lanes) lane = Vec<A>{};
+    if constexpr (kSums == 4) first = (first + second) + (third + fourth);
+    if constexpr (kSums == 2) first += second;
+    total += sum_lanes<A>(first);
+    first = second = third = fourth = splat(A(0));
   }
 };
 
@@ -165,8 +182,10 @@ struct RowsForward : RowsBase<T> {
     for (int64_t run = chunk.first_run; run < chunk.first_run + runs; ++run) {
       const T* q = p + run * stride + chunk.begin;
       Base::each_vector(
-          length, [&](int lane, int64_t i) { sums.lanes[lane] += load(q + i); },
-          [&](int lane, int64_t i, int64_t count) { sums.lanes[lane] += load(q + i, count); });
+          length, [&](int lane, int64_t i) INLINE_LAMBDA { sums.add(lane, load(q + i)); },
+          [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
+            sums.add(lane, load(q + i, count));
+          });
     }
     sums.flush();
     return A(sums.total / double(runs * length));
@@ -182,21 +201,21 @@ struct RowsForward : RowsBase<T> {
     const A shift = head_mean(p, group.stride, chunk);
     const V shifts = splat(shift);
     LaneSums<A> sums, squares;
-    const auto add = [&](int lane, V d) {
-      sums.lanes[lane] += d;
-      squares.lanes[lane] += d * d;
+    const auto add = [&](int lane, V d) INLINE_LAMBDA {
+      sums.add(lane, d);
+      squares.add(lane, d * d);
     };
     Base::each_block(
         chunk, group.stride,
-        [&](int64_t start, int64_t size) {
+        [&](int64_t start, int64_t size) INLINE_LAMBDA {
           const T* q = p + start;
           Base::each_vector(
-              size, [&](int lane, int64_t i) { add(lane, load(q + i) - shifts); },
-              [&](int lane, int64_t i, int64_t count) {
-                add(lane, first_lanes<A>(count) ? load(q + i, count) - shifts : V{});
+              size, [&](int lane, int64_t i) INLINE_LAMBDA { add(lane, load(q + i) - shifts); },
+              [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
+                add(lane, load(q + i, count) - splat(shift, count));
               });
         },
-        [&] {
+        [&]() INLINE_LAMBDA {
           sums.flush();
           squares.flush();
         });
@@ -229,9 +248,10 @@ struct RowsForward : RowsBase<T> {
     const int64_t offset = group.offset + channel * this->problem.positions + chunk.begin;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = offset + run * group.stride;
-      this->write_run(output + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
+      const auto make = [&](int64_t i, auto... count) INLINE_LAMBDA {
         return (load(input + start + i, count...) - mean) * scale + shift;
-      });
+      };
+      this->write_run(output + start, chunk.end - chunk.begin, make);
     }
   }
 };
@@ -268,24 +288,24 @@ struct RowsBackward : RowsBase<T> {
     const T* dy = grad_output + offset;
     Base::each_block(
         chunk, group.stride,
-        [&](int64_t start, int64_t size) {
+        [&](int64_t start, int64_t size) INLINE_LAMBDA {
           const T* p = x + start;
           const T* q = dy + start;
           Base::each_vector(
               size,
-              [&](int lane, int64_t i) {
+              [&](int lane, int64_t i) INLINE_LAMBDA {
                 const V g = load(q + i);
-                sums.lanes[lane] += g;
-                products.lanes[lane] += g * (load(p + i) - mean);
+                sums.add(lane, g);
+                products.add(lane, g * (load(p + i) - mean));
               },
-              [&](int lane, int64_t i, int64_t count) {
+              [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
                 const V g = load(q + i, count);
-                const V d = first_lanes<A>(count) ? load(p + i, count) - mean : V{};
-                sums.lanes[lane] += g;
-                products.lanes[lane] += g * d;
+                const V d = load(p + i, count) - splat(saved_mean, count);
+                sums.add(lane, g);
+                products.add(lane, g * d);
               });
         },
-        [&] {
+        [&]() INLINE_LAMBDA {
           sums.flush();
           products.flush();
         });
@@ -315,10 +335,11 @@ struct RowsBackward : RowsBase<T> {
     const int64_t offset = group.offset + channel * this->problem.positions + chunk.begin;
     for (int64_t run = chunk.first_run; run < chunk.last_run; ++run) {
       const int64_t start = offset + run * group.stride;
-      this->write_run(grad_input + start, chunk.end - chunk.begin, [&](int64_t i, auto... count) {
+      const auto make = [&](int64_t i, auto... count) INLINE_LAMBDA {
         const V x = load(input + start + i, count...), dy = load(grad_output + start + i, count...);
         return (x - mean) * slope + (dy * scale + constant);
-      });
+      };
+      this->write_run(grad_input + start, chunk.end - chunk.begin, make);
     }
   }
 };
