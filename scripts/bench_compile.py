@@ -4,13 +4,13 @@
 set by OMP_NUM_THREADS. ``fused`` is ``activation="relu"``. ``impl="auto"`` takes the op under a
 compiler on a CPU by such figures, one core, op / decomposed, forward and backward:
 
-* in turns, as here: 0.4 to 0.9 at 64x56x56, 512x28x28 and 256x14x14, but for 1.1 before a SiLU at
-  256x14x14; at 2048x7x7 1.6, 0.8 and 0.9 before nothing, ReLU and SiLU;
-* in turns at 256x56x56 (205 MB a tensor) the op loses: 2.2, 1.1 and 1.7 contiguous. Alone in a
-  process it wins there: 0.33, 0.7 and 0.7, in channels_last 0.35, 0.9 and 0.65. What the others
-  leave behind in the allocator is the likely reason, which was not proved.
+* with AVX2: 0.3 to 1.0 in 28 of the 30 rows; contiguous before a SiLU 1.04 at 256x56x56 and 1.44 at
+  2048x7x7. ``fused`` took 0.13 to 0.63 of the op with a compiled ReLU after it;
+* with AVX-512 and an earlier kernel: 0.4 to 0.9 at 64x56x56, 512x28x28 and 256x14x14, but for 1.1
+  before a SiLU at 256x14x14; at 2048x7x7 1.6, 0.8 and 0.9 before nothing, ReLU and SiLU; at
+  256x56x56 (205 MB a tensor) 2.2, 1.1 and 1.7 contiguous, but alone in a process 0.33, 0.7 and 0.7.
 
-One run of the first list; its channels_last part was cut short after 256x56x56, before a ReLU.
+One run of each; of the second, channels_last was cut short.
 """
 
 from __future__ import annotations

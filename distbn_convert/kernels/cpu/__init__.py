@@ -6,7 +6,7 @@ operators), ``rows.h`` and ``columns.h`` with ``grid.h`` (the two memory layouts
 ``schedule.h``, ``simd.h``; :mod:`.build` compiles them.
 
 No shape is left to others: over ResNet-50's shapes and over small ones (V = 8, float32)
-``scripts/bench.py`` has this kernel at 0.4 to 1.0 times BatchNorm's time on average, plain torch
+``scripts/bench.py`` has this kernel at 0.4 to 1.1 times BatchNorm's time on average, plain torch
 operations at 3.8 to 5.9, and :mod:`..native` between them. Within it, constants choose by shape:
 ``kFewPositions`` the layout's code, ``kSerialSize`` one thread, ``kStreamBytes`` stores past the
 caches.

@@ -30,7 +30,7 @@ SWITCH = "DISTBN_CPU_KERNEL"
 _FLAGS = "DISTBN_CPU_FLAGS"  # for the compiler, behind all others
 _SOURCES = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
-_TIMEOUT = 300  # seconds; the kernel compiles in four
+_TIMEOUT = 300  # seconds; the kernel compiles in four to twenty
 # What torch itself found this machine to have; so a cache shared by machines holds one each.
 _CAPABILITY_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

@@ -15,6 +15,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// For what takes long to compile and little time to run.
+#define NOINLINE __attribute__((noinline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace distbn {

@@ -24,7 +24,8 @@ struct Values {
   explicit operator bool() const { return data != nullptr; }
 
   // Reads `count` values of a row; `absent` where there is no tensor.
-  INLINE void load(int64_t row, int64_t first, int64_t count, double* out, double absent = 0) const {
+  NOINLINE void load(int64_t row, int64_t first, int64_t count, double* out,
+                     double absent = 0) const {
     if (!data) {
       std::fill_n(out, count, absent);
       return;
@@ -37,7 +38,7 @@ struct Values {
     });
   }
 
-  INLINE void store(int64_t row, int64_t first, int64_t count, const double* in) const {
+  NOINLINE void store(int64_t row, int64_t first, int64_t count, const double* in) const {
     visit([&](auto* values) {
       using T = std::remove_pointer_t<decltype(values)>;
       values += row * row_stride + first * stride;
@@ -98,8 +99,8 @@ struct ForwardStatistics {
   // From the moments of `count` values of n channels of a rank: writes their statistics, and the
   // coefficients of y = (x - mean) * scale + shift, in that order, in rows `width` apart.
   template <class A>
-  INLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* m,
-              const double* m2, A* coefficients, int64_t width) const {
+  NOINLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* m,
+                       const double* m2, A* coefficients, int64_t width) const {
     if (n == 1) return strip(rank, first, 1, count, m, m2, coefficients, width);
     for (int64_t i = 0; i < n; i += kStrip) {
       strip(rank, first + i, std::min(kStrip, n - i), count, m + i, m2 + i, coefficients + i,
@@ -152,8 +153,8 @@ struct BackwardStatistics {
   // From the sums of dy and of dy * (x - mean) over `count` values: the four coefficients of
   // dx = (x - mean) * slope + dy * scale + offset, in the order mean, scale, slope, offset.
   template <class A>
-  INLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* sum_dy,
-              const double* sum_dy_x, A* coefficients, int64_t width) const {
+  NOINLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* sum_dy,
+                       const double* sum_dy_x, A* coefficients, int64_t width) const {
     if (n == 1) return strip(rank, first, 1, count, sum_dy, sum_dy_x, coefficients, width);
     for (int64_t i = 0; i < n; i += kStrip) {
       strip(rank, first + i, std::min(kStrip, n - i), count, sum_dy + i, sum_dy_x + i,
