@@ -35,6 +35,19 @@ T random_value() {
   return value;
 }
 
+// As far from one bfloat16 as from the next, or from one float16: such go to the even one.
+template <class A>
+A halfway(int dropped_bits) {
+  A value = random_value<A>();
+  if constexpr (sizeof(A) == 4) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits >> dropped_bits << 1 | 1) << (dropped_bits - 1);
+    std::memcpy(&value, &bits, sizeof bits);
+  }
+  return value;
+}
+
 template <class T>
 void check_count(int64_t count) {
   using A = Acc<T>;
@@ -51,7 +64,10 @@ void check_count(int64_t count) {
            double(expected));
   }
   A values[L];
-  for (int i = 0; i < L; ++i) values[i] = i % 3 ? A(i) / 7 - 1 : random_value<A>();
+  for (int i = 0; i < L; ++i) {
+    const A some[] = {A(i) / 7 - 1, random_value<A>(), halfway<A>(16), halfway<A>(13)};
+    values[i] = some[std::rand() % 4];
+  }
   const Vec<A> wide = load<A>(values);
   count == L ? store(to.get(), wide) : store(to.get(), wide, count);
   for (int64_t i = 0; i < count; ++i) {

@@ -19,6 +19,10 @@ from .checkpoints import Net, run_cli
 PROGRAM = [sys.executable, "-c", "from distbn_convert.cli import main; main()"]
 RANKS = ["--vt-world-size", "2", "--no-fsync"]
 
+needs_full = pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="this system has no /dev/full"
+)
+
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
@@ -45,17 +49,15 @@ def failed(done: subprocess.CompletedProcess[str], code: int, told: str) -> None
     assert told in done.stderr
 
 
+@needs_full
 @pytest.mark.parametrize("command", ["inspect plain.pth", "inspect plain.pth --json", "--help"])
 def test_a_full_standard_output_is_told(plain: Path, command: str) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
     done = program(plain.parent, *command.split(), shell=">/dev/full")
     failed(done, 7, "cannot write to stdout: no space left on device.")
 
 
+@needs_full
 def test_a_checkpoint_for_a_full_standard_output_is_told(plain: Path) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
     done = program(plain.parent, "convert", "plain.pth", "-", *RANKS, shell=">/dev/full")
     failed(done, 7, "cannot write to stdout: no space left on device.")
 

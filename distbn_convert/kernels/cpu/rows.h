@@ -182,9 +182,9 @@ struct RowsForward : RowsBase<T> {
     for (int64_t run = chunk.first_run; run < chunk.first_run + runs; ++run) {
       const T* q = p + run * stride + chunk.begin;
       Base::each_vector(
-          length, [&](int lane, int64_t i) INLINE_LAMBDA { sums.add(lane, load(q + i)); },
-          [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
-            sums.add(lane, load(q + i, count));
+          length, [&](int sum, int64_t i) INLINE_LAMBDA { sums.add(sum, load(q + i)); },
+          [&](int sum, int64_t i, int64_t count) INLINE_LAMBDA {
+            sums.add(sum, load(q + i, count));
           });
     }
     sums.flush();
@@ -201,18 +201,18 @@ struct RowsForward : RowsBase<T> {
     const A shift = head_mean(p, group.stride, chunk);
     const V shifts = splat(shift);
     LaneSums<A> sums, squares;
-    const auto add = [&](int lane, V d) INLINE_LAMBDA {
-      sums.add(lane, d);
-      squares.add(lane, d * d);
+    const auto add = [&](int sum, V d) INLINE_LAMBDA {
+      sums.add(sum, d);
+      squares.add(sum, d * d);
     };
     Base::each_block(
         chunk, group.stride,
         [&](int64_t start, int64_t size) INLINE_LAMBDA {
           const T* q = p + start;
           Base::each_vector(
-              size, [&](int lane, int64_t i) INLINE_LAMBDA { add(lane, load(q + i) - shifts); },
-              [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
-                add(lane, load(q + i, count) - splat(shift, count));
+              size, [&](int sum, int64_t i) INLINE_LAMBDA { add(sum, load(q + i) - shifts); },
+              [&](int sum, int64_t i, int64_t count) INLINE_LAMBDA {
+                add(sum, load(q + i, count) - splat(shift, count));
               });
         },
         [&]() INLINE_LAMBDA {
@@ -293,16 +293,16 @@ struct RowsBackward : RowsBase<T> {
           const T* q = dy + start;
           Base::each_vector(
               size,
-              [&](int lane, int64_t i) INLINE_LAMBDA {
+              [&](int sum, int64_t i) INLINE_LAMBDA {
                 const V g = load(q + i);
-                sums.add(lane, g);
-                products.add(lane, g * (load(p + i) - mean));
+                sums.add(sum, g);
+                products.add(sum, g * (load(p + i) - mean));
               },
-              [&](int lane, int64_t i, int64_t count) INLINE_LAMBDA {
+              [&](int sum, int64_t i, int64_t count) INLINE_LAMBDA {
                 const V g = load(q + i, count);
                 const V d = load(p + i, count) - splat(saved_mean, count);
-                sums.add(lane, g);
-                products.add(lane, g * d);
+                sums.add(sum, g);
+                products.add(sum, g * d);
               });
         },
         [&]() INLINE_LAMBDA {

@@ -308,7 +308,7 @@ INLINE void copy_few(void* to, const void* from, int64_t bytes) {
   copy(std::integral_constant<int, 2>());
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__)  // with BW and VL, or this does not compile
 template <class T>
 INLINE Packed<T> load_few(const T* p, int64_t count) {
   const uint32_t mask = (1u << count) - 1;
