@@ -18,7 +18,7 @@ def _seed() -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the backend that the op is made to take in this test."""
     name: str = request.param
-    if name == "cpu" and not cpu.load():
+    if name == "cpu" and not cpu.load(torch.float32):
         pytest.skip("the CPU kernel cannot be built here; its log line says why")
     monkeypatch.setattr(kernels, "_BACKENDS", BACKENDS[name])
     return name

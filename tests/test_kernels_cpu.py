@@ -11,7 +11,7 @@ from distbn_convert.kernels import cpu, reference
 from .resnet import check_step
 
 pytestmark = pytest.mark.skipif(
-    not cpu.load(), reason="the CPU kernel cannot be built here; its log line says why"
+    not cpu.load(torch.float32), reason="the CPU kernel cannot be built here; its log line says why"
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -269,7 +269,8 @@ def test_large_outputs_are_written_past_the_caches_to_any_address(
         assert (memory[offset + input.numel() :] == 7).all()
         return output
 
-    ops = torch.ops.distbn_convert_cpu
+    ops = cpu.load(dtype)
+    assert ops is not None
     output = written(ops.forward, mean, rstd, input, *(None,) * 5, False, 0.1, 1e-5)
     gradient = written(ops.backward, *sums, upstream, input, None, mean, rstd)
     expected = reference.forward(input, *(None,) * 6, 0.1, 1e-5, 2, False, False)[0]
@@ -304,3 +305,12 @@ def test_gradients_of_another_layout_or_broadcast() -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_a_resnet50_step_agrees_with_the_definition(channels_last: bool) -> None:
     check_step("cpu", channels_last)
+
+
+def test_operators_of_one_dtype_refuse_another() -> None:
+    operators = cpu.load(torch.float32)
+    assert operators is not None
+    input = torch.randn(4, 3, dtype=torch.float64)
+    mean, rstd = torch.empty(2, 2, 3)
+    with pytest.raises(RuntimeError, match="float32 was given another dtype"):
+        operators.forward(input, mean, rstd, input, *(None,) * 5, False, 0.1, 1e-5, False, True)

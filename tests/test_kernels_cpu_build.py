@@ -20,7 +20,7 @@ import logging, sys, torch
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s", level=logging.INFO)
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels import cpu, reference, select_backend
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+for dtype in cpu.VALUES:
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(9, 19, 6, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
         y = dist_batch_norm(x, vt_world_size=4)
@@ -35,6 +35,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 print(select_backend(x).__name__)
 """
 
+CHILD_IN_FLOAT32 = CHILD.replace("cpu.VALUES", "(torch.float32,)")
+
 FORKS = f"""
 import os, torch, sys
 from distbn_convert.functional import dist_batch_norm
@@ -42,7 +44,7 @@ children = []
 for _ in range(8):
     pid = os.fork()
     if not pid:
-        exec({CHILD!r})
+        exec({CHILD_IN_FLOAT32!r})
         sys.stdout.flush()
         os._exit(0)
     children.append(pid)
@@ -50,7 +52,7 @@ assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 8
 """
 
 needs_compiler = pytest.mark.skipif(
-    not cpu.load(), reason="the CPU kernel cannot be built here; its log line says why"
+    not cpu.load(torch.float32), reason="the CPU kernel cannot be built here; its log line says why"
 )
 
 
@@ -83,7 +85,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expect_line(caplog: pytest.LogCaptureFixture, level: str, text: str) -> None:
     caplog.set_level(logging.INFO)
-    assert build._load() is False
+    assert build._load(torch.float32) is None
     assert [record.levelname for record in caplog.records] == [level]
     assert text in caplog.text
 
@@ -148,6 +150,19 @@ def test_compiler_that_never_ends_is_given_up(
     expect_line(caplog, "WARNING", "timed out")
 
 
+@pytest.mark.usefixtures("_fresh")
+def test_after_one_failure_no_other_dtype_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setenv(
+        "CXX", str(script(tmp_path / "broken", f"echo run >> {tmp_path}/log; exit 1"))
+    )
+    assert not any(build.load(dtype) for dtype in build.VALUES)
+    assert (tmp_path / "log").read_text().split() == ["run"]
+    assert len(caplog.records) == 1
+
+
 @needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_machines_of_different_capability_have_different_libraries(
@@ -157,7 +172,7 @@ def test_machines_of_different_capability_have_different_libraries(
     monkeypatch.setattr(build, "_compile", lambda command, library: paths.add(library))
     for capability in ("DEFAULT", "AVX2", "AVX512"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        build._build()
+        build._build(torch.float32)
     assert len(paths) == 3
 
 
@@ -197,7 +212,7 @@ def test_killed_build_and_damaged_library_do_not_matter_to_the_next_process(
         exec {compiler} "$@"
     """
     slow_once = script(tmp_path / "slow_once", body)
-    victim = start(tmp_path, CXX=str(slow_once))
+    victim = start(tmp_path, CHILD_IN_FLOAT32, CXX=str(slow_once))
     while not started.exists():
         assert victim.poll() is None
         time.sleep(0.05)
@@ -207,8 +222,12 @@ def test_killed_build_and_damaged_library_do_not_matter_to_the_next_process(
     cache = tmp_path / "distbn_convert"
     assert list(cache.glob("*.lock"))
     assert not list(cache.glob("*.so"))
-    assert finish(start(tmp_path, CXX=str(slow_once))) == ["distbn_convert.kernels.cpu"]
+    assert finish(start(tmp_path, CHILD_IN_FLOAT32, CXX=str(slow_once))) == [
+        "distbn_convert.kernels.cpu"
+    ]
 
-    (library,) = cache.glob("*.so")
+    (library,) = cache.glob("*.so")  # the dtype in use, no other
     library.write_bytes(library.read_bytes()[:5000])
-    assert finish(start(tmp_path, CXX=str(slow_once))) == ["distbn_convert.kernels.cpu"]
+    assert finish(start(tmp_path, CHILD_IN_FLOAT32, CXX=str(slow_once))) == [
+        "distbn_convert.kernels.cpu"
+    ]

@@ -15,7 +15,7 @@ from distbn_convert.kernels import cpu
 from distbn_convert.kernels.cpu import build
 
 pytestmark = pytest.mark.skipif(
-    not cpu.load(), reason="the CPU kernel cannot be built here; its log line says why"
+    not cpu.load(torch.float32), reason="the CPU kernel cannot be built here; its log line says why"
 )
 
 CAPABILITIES = {"DEFAULT": 16, "AVX2": 32, "AVX512": 64}  # in order, and their vectors' bytes

@@ -1,4 +1,4 @@
-"""The CPU backend: one C++ kernel for each direction, compiled on first use.
+"""The CPU backend: one C++ kernel for each direction and dtype, compiled on first use.
 
 Statistics are two-pass or shifted sums over chunks that depend on the shape alone, so the
 result has the same bits with any number of threads. The files: ``batch_norm.cpp`` (the
@@ -19,21 +19,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import reference
-from .build import load
+from .build import VALUES, load
 
 __all__ = ["backward", "forward", "supports"]
 
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-
 
 def supports(input: Tensor) -> bool:
-    """Say whether this backend takes ``input``; the first call compiles the kernel."""
+    """Say whether this backend takes ``input``; the first call for a dtype compiles."""
     return (
         input.is_cpu
-        and input.dtype in _DTYPES
+        and input.dtype in VALUES
         and input.layout is torch.strided
         and input.numel() > 0
-        and load()
+        and load(input.dtype) is not None
     )
 
 
@@ -52,13 +50,15 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`distbn_convert.kernels.reference.forward`."""
+    operators = load(input.dtype)
+    assert operators is not None, "supports() has found them"
     x, channels_last = _arrange(input)
     output = torch.empty_like(x)
     dtype = reference.accumulate_dtype(input.dtype)
     mean = input.new_empty(vt_world_size, input.shape[1], dtype=dtype)
     rstd = torch.empty_like(mean)
     tracked = running_mean is not None and running_var is not None
-    torch.ops.distbn_convert_cpu.forward.default(
+    operators.forward(
         output,
         mean,
         rstd,
@@ -97,6 +97,8 @@ def backward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See :func:`distbn_convert.kernels.reference.backward`."""
+    operators = load(input.dtype)
+    assert operators is not None, "supports() has found them"
     x, channels_last = _arrange(input)
     if relu:
         grad_output = reference.mask(
@@ -107,7 +109,7 @@ def backward(
     grad_input = torch.empty_like(x)
     grad_weight = mean.new_empty(mean.shape[1])
     grad_bias = torch.empty_like(grad_weight)
-    torch.ops.distbn_convert_cpu.backward.default(
+    operators.backward(
         grad_input,
         grad_weight,
         grad_bias,

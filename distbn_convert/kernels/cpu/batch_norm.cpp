@@ -1,4 +1,5 @@
-// Virtual-rank batch norm for the CPU, on torch's stable ABI: the op that backend.py calls.
+// Virtual-rank batch norm for the CPU, on torch's stable ABI: the operators that __init__.py calls,
+// for inputs of one dtype, DISTBN_VALUE in C++ and DISTBN_DTYPE, a string, in their names.
 // Outputs are allocated by the caller; see rows.h and columns.h for the two memory layouts.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,8 +19,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace distbn;
+using T = DISTBN_VALUE;
 
 Problem problem_of(const Tensor& input, int64_t ranks, bool interleaved) {
+  STD_TORCH_CHECK(input.scalar_type() == c10::CppTypeToScalarType<T>::value,
+                  "distbn_convert's CPU kernel for " DISTBN_DTYPE " was given another dtype");
   const auto sizes = input.sizes();
   int64_t positions = 1;
   for (size_t d = 2; d < sizes.size(); ++d) positions *= sizes[d];
@@ -59,17 +63,6 @@ void count_batch(const Tensor& counters, const Problem& problem) {
   for (int64_t v = 0; v < std::min(problem.ranks, problem.samples); ++v) ++count[v * counters.stride(0)];
 }
 
-template <class Call>
-void dispatch(ScalarType dtype, const Call& call) {
-  switch (dtype) {
-    case ScalarType::Float: return call(float());
-    case ScalarType::Double: return call(double());
-    case ScalarType::BFloat16: return call(BFloat16());
-    case ScalarType::Half: return call(Half());
-    default: STD_TORCH_CHECK(false, "distbn_convert's CPU kernel was given a dtype that it lacks");
-  }
-}
-
 void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optional<Tensor> weight,
              std::optional<Tensor> bias, std::optional<Tensor> running_mean,
              std::optional<Tensor> running_var, std::optional<Tensor> counters, bool cumulative,
@@ -81,16 +74,13 @@ void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optiona
       values_of(running_mean), values_of(running_var), cumulative ? values_of(counters) : Values{},
       momentum, eps};
   advise_huge_pages(output);
-  dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* x = static_cast<const T*>(input.data_ptr());
-    T* y = static_cast<T*>(output.data_ptr());
-    if (channels_last || problem.positions <= kFewPositions) {
-      Runner(ColumnsForward<T>(problem, channels_last, x, y, statistics)).run();
-    } else {
-      Runner(RowsForward<T>(problem, x, y, statistics)).run();
-    }
-  });
+  const T* x = static_cast<const T*>(input.data_ptr());
+  T* y = static_cast<T*>(output.data_ptr());
+  if (channels_last || problem.positions <= kFewPositions) {
+    Runner(ColumnsForward<T>(problem, channels_last, x, y, statistics)).run();
+  } else {
+    Runner(RowsForward<T>(problem, x, y, statistics)).run();
+  }
 }
 
 // Adds the ranks' rows up, in order.
@@ -112,35 +102,34 @@ void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor gr
   const BackwardStatistics statistics{values_of(mean),    values_of(rstd),  values_of(weight),
                                       weight_rows.data(), bias_rows.data(), problem.channels};
   advise_huge_pages(grad_input);
-  dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* dy = static_cast<const T*>(grad_output.data_ptr());
-    const T* x = static_cast<const T*>(input.data_ptr());
-    T* dx = static_cast<T*>(grad_input.data_ptr());
-    if (channels_last || problem.positions <= kFewPositions) {
-      Runner(ColumnsBackward<T>(problem, channels_last, dy, x, dx, statistics)).run();
-    } else {
-      Runner(RowsBackward<T>(problem, dy, x, dx, statistics)).run();
-    }
-  });
+  const T* dy = static_cast<const T*>(grad_output.data_ptr());
+  const T* x = static_cast<const T*>(input.data_ptr());
+  T* dx = static_cast<T*>(grad_input.data_ptr());
+  if (channels_last || problem.positions <= kFewPositions) {
+    Runner(ColumnsBackward<T>(problem, channels_last, dy, x, dx, statistics)).run();
+  } else {
+    Runner(RowsBackward<T>(problem, dy, x, dx, statistics)).run();
+  }
   sum_ranks(weight_rows, problem, grad_weight);
   sum_ranks(bias_rows, problem, grad_bias);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(distbn_convert_cpu, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(distbn_convert_cpu, library) {
   library.def(
-      "forward(Tensor(a!) output, Tensor(b!) mean, Tensor(c!) rstd, Tensor input, Tensor? weight,"
+      "forward_" DISTBN_DTYPE
+      "(Tensor(a!) output, Tensor(b!) mean, Tensor(c!) rstd, Tensor input, Tensor? weight,"
       " Tensor? bias, Tensor(d!)? running_mean, Tensor(e!)? running_var,"
       " Tensor(f!)? counters, bool cumulative, float momentum, float eps, bool interleaved, bool channels_last) -> ()");
   library.def(
-      "backward(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias,"
+      "backward_" DISTBN_DTYPE
+      "(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias,"
       " Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor rstd,"
       " bool interleaved, bool channels_last) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(distbn_convert_cpu, CPU, library) {
-  library.impl("forward", TORCH_BOX(&forward));
-  library.impl("backward", TORCH_BOX(&backward));
+  library.impl("forward_" DISTBN_DTYPE, TORCH_BOX(&forward));
+  library.impl("backward_" DISTBN_DTYPE, TORCH_BOX(&backward));
 }

@@ -1,10 +1,11 @@
 """Compile the CPU kernel on first use and load it; say why where that cannot be.
 
-The library goes to ``$TORCH_EXTENSIONS_DIR/distbn_convert``, else ``~/.cache/distbn_convert``,
-under a name that hashes all it depends on: sources, flags, compiler, torch. It is compiled beside
-its place and renamed into it, so that a reader sees all of it or nothing whatever is interrupted;
-the lock only spares concurrent processes the same work, and the kernel of the operating system
-drops it when its holder dies.
+Each dtype has a library of its own, as most runs need one. It goes to
+``$TORCH_EXTENSIONS_DIR/distbn_convert``, else ``~/.cache/distbn_convert``, under a name that hashes
+all it depends on: sources, flags, compiler, torch. It is compiled beside its place and renamed into
+it, so that a reader sees all of it or nothing whatever is interrupted; the lock only spares
+concurrent processes the same work, and the kernel of the operating system drops it when its holder
+dies.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["SWITCH", "load"]
+__all__ = ["SWITCH", "VALUES", "Operators", "load"]
 
 SWITCH = "DISTBN_CPU_KERNEL"
+VALUES = {  # of an input, and their type in C++
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+}
 _FLAGS = "DISTBN_CPU_FLAGS"  # for the compiler, behind all others
 _SOURCES = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
-_TIMEOUT = 300  # seconds; the kernel compiles in four to twenty
+_TIMEOUT = 300  # seconds; a library compiles in three to ten
 # What torch itself found this machine to have; so a cache shared by machines holds one each.
 _CAPABILITY_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -40,34 +48,47 @@ _CAPABILITY_FLAGS = {
     ),
 }
 _LOCK = threading.Lock()
-_loaded: list[bool] = []
 
 logger = logging.getLogger(__name__)
+
+
+class Operators(NamedTuple):
+    """The kernel's two operators for one dtype; they write into tensors that they are given."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+_loaded: dict[torch.dtype, Operators | None] = {}
 
 
 class _UnavailableError(Exception):
     """The kernel cannot be had here; the message says why."""
 
 
-def load() -> bool:
-    """Make ``torch.ops.distbn_convert_cpu`` available, compiling it if needed, once a process.
+def load(dtype: torch.dtype) -> Operators | None:
+    """Return the operators for inputs of ``dtype``, compiled if needed, once a process.
+
+    They are ``torch.ops.distbn_convert_cpu.forward_float32``, ``backward_float32`` and so on.
+
+    Args:
+        dtype: One of :data:`VALUES`.
 
     Returns:
-        Whether the operators exist. If not, one log line has said why: at level INFO where
-        that is to be expected, WARNING where a compiler failed.
+        The operators, None where they cannot be had. One log line has said why: at level INFO
+        where that is to be expected, WARNING where a compiler failed. No other dtype is tried then.
     """
-    if _loaded:  # each forward and backward asks
-        return _loaded[0]
-    with _LOCK:
-        if not _loaded:
-            _loaded.append(_load())
-    return _loaded[0]
+    if dtype not in _loaded:  # each forward and backward asks
+        with _LOCK:
+            if dtype not in _loaded:
+                _loaded[dtype] = None if None in _loaded.values() else _load(dtype)
+    return _loaded[dtype]
 
 
-def _load() -> bool:
+def _load(dtype: torch.dtype) -> Operators | None:
     try:
-        torch.ops.load_library(_build())
-        _pass_autograd_by()
+        torch.ops.load_library(_build(dtype))
+        return _operators(dtype)
     except _UnavailableError as error:
         logger.info("the CPU kernel is not used, torch's batch norm is: %s", error)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -79,23 +100,28 @@ def _load() -> bool:
             error,
             details,
         )
-    else:
-        return True
-    return False
+    return None
 
 
+_NAMESPACE = "distbn_convert_cpu"
 # Kept alive, for as long as the registrations that it holds are wanted.
-_LIBRARY = torch.library.Library("distbn_convert_cpu", "FRAGMENT")
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
-def _pass_autograd_by() -> None:
-    """Let the operators go straight to the kernel: autograd's functions differentiate, not they."""
-    for name in ("forward", "backward"):
+def _operators(dtype: torch.dtype) -> Operators:
+    """Find them, and let them go straight to the kernel: autograd's functions differentiate."""
+    names = [f"{direction}_{_name(dtype)}" for direction in Operators._fields]
+    for name in names:
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return Operators(*(getattr(getattr(torch.ops, _NAMESPACE), name).default for name in names))
 
 
-def _build() -> Path:
-    """Return the compiled library, from the cache if it is there."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _build(dtype: torch.dtype) -> Path:
+    """Return the compiled library for ``dtype``, from the cache if it is there."""
     if os.environ.get(SWITCH, "").lower() == "off":
         raise _UnavailableError(f"{SWITCH}=off")
     header = _TORCH / "include/torch/csrc/stable/ops.h"
@@ -105,7 +131,7 @@ def _build() -> Path:
     found = shutil.which(compiler[0]) if compiler else None
     if found is None:
         raise _UnavailableError(f"there is no C++ compiler {shlex.join(compiler)!r}; set CXX")
-    command = [found, *compiler[1:], *_flags(), *shlex.split(os.environ.get(_FLAGS, ""))]
+    command = [found, *compiler[1:], *_flags(dtype), *shlex.split(os.environ.get(_FLAGS, ""))]
     library = _cache() / f"batch_norm-{_key(command)}.so"
     if not _is_whole(library):
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +141,14 @@ def _build() -> Path:
     return library
 
 
-def _flags() -> list[str]:
+def _flags(dtype: torch.dtype) -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     libraries = _TORCH / "lib"
     return [
         *("-O3", "-std=c++20", "-fPIC", "-shared", "-w", "-fvisibility=hidden"),
         "-fno-math-errno",  # or square roots do not become vectors
         *_CAPABILITY_FLAGS.get(capability, ()),
+        *(f"-DDISTBN_VALUE={VALUES[dtype]}", f'-DDISTBN_DTYPE="{_name(dtype)}"'),
         f"-I{_TORCH / 'include'}",
         str(_SOURCES / "batch_norm.cpp"),
         *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"),
