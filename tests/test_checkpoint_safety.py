@@ -46,6 +46,10 @@ class Custom:
         return isinstance(other, Custom) and self.value == other.value
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 class Payload:
     """Runs a command when a pickle of it is loaded."""
 
@@ -109,6 +113,51 @@ def test_case_22_odd_objects_are_refused_by_name_and_carried_with_opaque(
     for key, value in original["model"].items():
         assert torch.equal(back["model"][key], value)
     assert back["model"]._metadata == original["model"]._metadata
+
+
+@ZIPPED
+def test_tensors_with_attributes_and_of_subclasses_are_carried_with_opaque(
+    tmp_path: Path, zipped: bool
+) -> None:
+    tensors = {
+        "tensor": torch.randn(3),
+        "parameter": nn.Parameter(torch.randn(2)),
+        "subclass": torch.randn(4).as_subclass(Subclass),
+    }
+    for name, tensor in tensors.items():
+        tensor.of_mine = name  # type: ignore[attr-defined]
+    path = save(tmp_path / "in.pth", {**bn_state(), **tensors, **odd_objects()}, zipped)
+    convert_checkpoint(path, tmp_path / "v.pth", 4, opaque=True)
+    revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth", opaque=True)
+    back = load(tmp_path / "back.pth")
+    for name, tensor in tensors.items():
+        assert type(back[name]) is type(tensor)
+        assert vars(back[name]) == {"of_mine": name}
+        assert torch.equal(back[name], tensor)
+
+
+def test_statistics_that_opaque_does_not_look_into_are_told(tmp_path: Path) -> None:
+    two = nn.BatchNorm2d(3).state_dict(prefix="two.")
+    two["two.running_var"].of_mine = 1
+    path = save(tmp_path / "in.pth", {**bn_state(), **two})
+    assert convert_checkpoint(path, tmp_path / "all.pth", 2).counts == {"converted": 2}
+    report = convert_checkpoint(path, tmp_path / "one.pth", 2, opaque=True)
+    assert report.counts == {"converted": 1}
+    assert "two left alone: its running_mean or running_var is no plain tensor." in report.warnings
+    path = save(path, {**bn_state(), "two.running_mean": 0.5, "two.running_var": 0.25})
+    report = convert_checkpoint(path, tmp_path / "numbers.pth", 2)
+    assert "two left alone: its running_mean or running_var is no plain tensor." in report.warnings
+
+
+def test_what_the_safe_loader_does_not_accept_of_torch_itself_is_named(tmp_path: Path) -> None:
+    class Stored:
+        def __reduce__(self) -> Any:
+            return torch.storage._load_from_bytes, (b"",)
+
+    path = save(tmp_path / "in.pth", {**bn_state(), "stored": Stored()})
+    with pytest.raises(RefusedError, match=r"not accept: torch\.storage\._load_from_bytes\."):
+        convert_checkpoint(path, tmp_path / "no.pth", 2)
+    assert convert_checkpoint(path, tmp_path / "v.pth", 2, opaque=True).counts == {"converted": 1}
 
 
 def test_opaque_files_of_every_pickle_protocol_come_back(tmp_path: Path) -> None:

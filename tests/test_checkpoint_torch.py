@@ -326,14 +326,15 @@ def test_nested_tensors_survive_and_are_compared(tmp_path: Path) -> None:
     parts = [torch.randn(3, 2), torch.randn(4, 2)]
     nested = torch.nested.nested_tensor(parts)
     path = save(tmp_path, {**bn_state(), "nested": nested})
-    convert_checkpoint(path, tmp_path / "virtual", 2)
-    again = load(tmp_path / "virtual")["nested"].unbind()
+    allowed = ["torch._utils._rebuild_nested_tensor"]  # torch's safe loader knows it before 2.15
+    convert_checkpoint(path, tmp_path / "virtual", 2, allow_globals=allowed)
+    again = torch.load(tmp_path / "virtual", weights_only=False)["nested"].unbind()
     assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
-    verify_checkpoint(tmp_path / "virtual", path)
+    verify_checkpoint(tmp_path / "virtual", path, allow_globals=allowed)
     parts[1][3, 1] += 1
     other = save(tmp_path, {**bn_state(), "nested": torch.nested.nested_tensor(parts)}, "other")
     with pytest.raises(VerificationError, match="nested"):
-        verify_checkpoint(path, other)
+        verify_checkpoint(path, other, allow_globals=allowed)
 
 
 def test_what_is_nested_too_deeply_to_be_saved_is_told(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def find_groups(
             children[prefix + dot].add(name)
     found: dict[str, Group | LookAlike] = {}
     for prefix, names in children.items():
-        if isinstance(specs.get(prefix + "running_mean"), TensorSpec):
+        named = {"running_mean", "running_var"} <= names <= _NAMES
+        if named or isinstance(specs.get(prefix + "running_mean"), TensorSpec):
             found[prefix] = _judge(specs, path, prefix, names)
     copies = set(_underscore_prefixes(found))
     for key in specs:
@@ -176,6 +177,8 @@ def _judge(
         shown = ", ".join(f'"{name}"' for name in strangers[:3])
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         return LookAlike(path, prefix, f"has running_mean but also {shown}{more}: not BatchNorm")
+    if None in [specs[prefix + name] for name in ("running_mean", "running_var") if name in names]:
+        return LookAlike(path, prefix, "its running_mean or running_var is no plain tensor")
     return _group(specs, path, prefix)
 
 

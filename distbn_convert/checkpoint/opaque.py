@@ -11,6 +11,7 @@ import _compat_pickle
 import collections
 import copyreg
 import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
@@ -91,23 +92,32 @@ def _called(function: Any, args: tuple[Any, ...]) -> InertObject:
     return result
 
 
-_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
+class _Known:
+    """A function that is called for a pickle, and that a pickle cannot alter as it could torch's.
 
+    It is written by its name where a pickle does not call it: as what rebuilds a tensor of a
+    subclass or with attributes.
+    """
 
-def known_global(module: str, name: str) -> Any:
-    """Return the object if rebuilding tensors and state dicts needs it, None otherwise."""
-    if (module, name) == ("collections", "OrderedDict"):
-        return collections.OrderedDict
-    if (module, name) == ("_codecs", "encode"):
-        return _encode
-    if module == "torch._utils" and name in _REBUILDERS:
-        function = getattr(torch._utils, name)
-        return lambda *args: function(*args)  # not torch's own, which a pickle could alter
-    if module == "torch":
-        value = getattr(torch, name, None)
-        if isinstance(value, torch.dtype) or value in (torch.Size, torch.device):
-            return value
-    return None
+    __slots__ = ("_function", "global_name")
+    _function: Callable[..., Any]
+    global_name: tuple[str, str]
+
+    def __init__(self, module: str, name: str, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "global_name", (module, name))
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"a state for {'.'.join(self.global_name)}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.global_name == other.global_name
+
+    def __hash__(self) -> int:
+        return hash(self.global_name)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -115,6 +125,25 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
+
+
+_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
+_FUNCTIONS = [
+    _Known("_codecs", "encode", _encode),
+    *(_Known("torch._utils", name, getattr(torch._utils, name)) for name in _REBUILDERS),
+]
+_KNOWN = {function.global_name: function for function in _FUNCTIONS}
+
+
+def known_global(module: str, name: str) -> Any:
+    """Return the object if rebuilding tensors and state dicts needs it, None otherwise."""
+    if (module, name) == ("collections", "OrderedDict"):
+        return collections.OrderedDict
+    if module == "torch":
+        value = getattr(torch, name, None)
+        if isinstance(value, torch.dtype) or value in (torch.Size, torch.device):
+            return value
+    return _KNOWN.get((module, name))
 
 
 class _Names:
@@ -150,7 +179,7 @@ class _Pickler(_PythonPickler):  # type: ignore[misc]
         return obj.reduced() if isinstance(obj, InertObject) else NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        if not isinstance(obj, InertGlobal):
+        if not isinstance(obj, (InertGlobal, _Known)):
             super().save_global(obj, name)
             return
         module, name = obj.global_name
@@ -166,6 +195,7 @@ class _Pickler(_PythonPickler):  # type: ignore[misc]
     dispatch: ClassVar[dict[type, Any]] = {
         **_PythonPickler.dispatch,
         InertGlobal: save_global,
+        _Known: save_global,
     }
 
 

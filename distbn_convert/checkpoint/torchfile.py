@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -206,6 +207,9 @@ def _explain(path: Path, error: Exception, opaque: bool, allowed: set[str]) -> C
         unknown = [name for name in unknown_globals(path) if name not in allowed]
     except Exception:
         return damaged
+    named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # torch's own, not accepted
+    if not unknown and named:
+        unknown = [named[1]]
     if unknown:
         return RefusedError(_refusal(path, unknown))
     if "weights_only" in str(error) or "Weights only" in str(error):
