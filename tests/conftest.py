@@ -6,6 +6,14 @@ import torch
 from distbn_convert import kernels
 from distbn_convert.kernels import cpu, native, reference
 
+try:
+    import hypothesis
+except ImportError:  # scripts/gpu_check needs none
+    pass
+else:  # a busy machine is no failure
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
+
 BACKENDS = {"reference": (reference,), "native": (native, reference), "cpu": (cpu, reference)}
 
 

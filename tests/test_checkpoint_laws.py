@@ -72,7 +72,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tree=TREES,
     state=state_dict(),
@@ -101,7 +101,7 @@ def test_every_reduction_is_the_inverse_of_conversion(
         ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(state=state_dict(), anchor=batch_norm(), ranks=st.integers(2, 6))
 def test_conversion_changes_nothing_but_statistics(
     state: dict[str, Any], anchor: dict[str, Any], ranks: int
@@ -126,7 +126,7 @@ def test_conversion_changes_nothing_but_statistics(
                 assert torch.equal(new, value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), ranks=st.integers(1, 8), dtype=DTYPES)
 def test_reductions_have_the_properties_of_averages(
     seed: int, ranks: int, dtype: torch.dtype

@@ -62,7 +62,7 @@ def load_all(folder: Path) -> dict[str, Tensor]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 15))
 def test_tensors_are_divided_as_by_huggingface(sizes: list[int], limit: int) -> None:
     tensors = {f"t{n}": torch.zeros(size, dtype=torch.uint8) for n, size in enumerate(sizes)}

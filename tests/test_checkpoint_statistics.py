@@ -40,9 +40,7 @@ from .checkpoints import (
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@settings(
-    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(DTYPES),
     ranks=st.integers(1, 20),

@@ -33,7 +33,7 @@ def any_values(dtype: torch.dtype, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("reduction", ["mean", "select", "pooled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(ranks=st.integers(1, 1000), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_reducing_equal_rows_gives_the_row_bit_for_bit(
     dtype: torch.dtype, reduction: str, ranks: int, seed: int
 ) -> None:
@@ -88,7 +88,7 @@ def test_large_values_do_not_overflow() -> None:
 
 
 @given(seed=st.integers(0, 2**31), ranks=st.integers(2, 64))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mean_does_not_depend_on_the_order_of_the_ranks(seed: int, ranks: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(ranks, 32, generator=generator)

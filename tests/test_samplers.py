@@ -34,7 +34,7 @@ def real_batches(
     seed=st.integers(0, 99),
     flags=st.tuples(*[st.booleans()] * 4),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_every_rank_gets_what_its_own_process_would_get(
     length: int,
     batch_size: int,
