@@ -125,13 +125,14 @@ def _store(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
 
 
 def _atomic(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
-    """An addition by some threads, one after the other."""
+    """An addition by some threads, one after the other; ``red`` does not tell what was there."""
     space, scope, order, operation, kind = modifiers
     assert (space, scope, operation) == ("global", "gpu", "add"), modifiers
     assert kind in ("u32", "u64"), modifiers
     size = TYPES[kind].itemsize
-    write, address = writer(operands[0], kind), _address(operands[1])
-    read = reader(operands[2], kind)
+    *targets, place, source = operands
+    writes = [writer(target, kind) for target in targets]
+    address, read = _address(place), reader(source, kind)
 
     def add(state: Any) -> str:
         mask, places, memory = active(state), address(state), state.memory[space]
@@ -145,7 +146,8 @@ def _atomic(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
             one = np.arange(state.threads) == thread
             old[thread] = memory.load(state.warps, places, one, size, 1, True)[thread, 0]
             memory.store(state.warps, places, one, (old + added)[:, None], True)
-        write(state, old, mask)
+        for write in writes:
+            write(state, old, mask)
         return "yield"
 
     return add
@@ -187,6 +189,7 @@ _MEMORY: dict[str, Callable[..., Step]] = {
     "ld": _load,
     "st": _store,
     "atom": _atomic,
+    "red": _atomic,
     "ldmatrix": lambda *given: _matrix(*given, loads=True),
     "stmatrix": lambda *given: _matrix(*given, loads=False),
 }
