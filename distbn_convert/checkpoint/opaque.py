@@ -93,10 +93,10 @@ def _called(function: Any, args: tuple[Any, ...]) -> InertObject:
 
 
 class _Known:
-    """A function that is called for a pickle, and that a pickle cannot alter as it could torch's.
+    """A function that a pickle may call, and cannot alter as it could torch's own.
 
-    It is written by its name where a pickle does not call it: as what rebuilds a tensor of a
-    subclass or with attributes.
+    A pickle may also hold it, as an argument for what rebuilds a tensor of a subclass or with
+    attributes; so it can be written, by its name.
     """
 
     __slots__ = ("_function", "global_name")
