@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .checks import IMPLEMENTATIONS
 from .errors import ConfigurationError, ConversionError, UnsupportedModuleError
@@ -42,7 +43,8 @@ class PlanEntry:
         aliases: its other names, if it is reachable by several.
         module: the module itself.
         action: ``"convert"``; ``"refuse"`` (an error); or left as it is: ``"already"`` converted,
-            ``"frozen"``, ``"filtered"`` by filter_fn, ``"skip"`` (unsupported).
+            ``"frozen"``, ``"filtered"`` by filter_fn, ``"skip"`` (unsupported, or of another
+            package; with a warning).
         target: the class it becomes; None unless the action is ``"convert"``.
         reason: why, in a sentence.
     """
@@ -122,7 +124,7 @@ def plan_conversion(
         if verdict is None:
             continue
         action, target, reason = verdict
-        if action != "frozen" and wrapper_of(module) is None:
+        if action not in ("frozen", "skip") and wrapper_of(module) is None:
             if not accepts(filter_fn, module, names):
                 action, target, reason = "filtered", None, "filter_fn leaves it out"
             elif action == "refuse" and unsupported == "skip":
@@ -212,11 +214,26 @@ def _judge(
     if not isinstance(module, _BatchNorm):
         if "FrozenBatchNorm" in type(module).__name__:
             return "frozen", None, "it never uses batch statistics, so ranks change nothing"
+        if _keeps_statistics(module):
+            return (
+                "skip",
+                None,
+                "it keeps running statistics but is no BatchNorm of torch's; if it trains on those "
+                "of the batch, it goes on with the whole batch's",
+            )
         return None
     reason = _why_unsupported(module)
     if reason is not None:
         return "refuse", None, reason
     return "convert", dist_class_of(type(module)), f"{settings.num_ranks} virtual ranks"
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether a layer that is no ``_BatchNorm`` may be a batch norm of some other package."""
+    if isinstance(module, _InstanceNorm):  # of each sample by itself
+        return False
+    names = ("running_mean", "running_var")
+    return all(module._buffers.get(name) is not None for name in names)
 
 
 def _judge_opaque(module: nn.Module) -> tuple[Action, None, str] | None:

@@ -333,6 +333,7 @@ def test_plan_says_what_would_happen_and_changes_nothing() -> None:
         torchvision.ops.FrozenBatchNorm2d(3),
         convert_model(nn.BatchNorm2d(3), 2),
         nn.BatchNorm2d(3),
+        nn.InstanceNorm2d(3, track_running_stats=True),
     )
     before = snapshot(model)
     plan = plan_conversion(model, 2, filter_fn=lambda module, fqn: fqn != "4")

@@ -120,6 +120,28 @@ def test_frozen_layers_are_left_alone_and_named_when_there_is_nothing_else() -> 
         convert_model(nn.Sequential(frozen), 2)
 
 
+class ForeignBatchNorm(nn.Module):
+    """As packages with layers of their own have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+
+def test_batch_norms_of_other_packages_are_left_alone_with_a_warning() -> None:
+    foreign = ForeignBatchNorm()
+    model = nn.Sequential(
+        foreign, nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
+    )
+    with pytest.warns(UserWarning, match="left alone: module '0': it keeps running statistics"):
+        convert_model(model, 2, filter_fn=lambda module, fqn: module.num_features == 3)
+    assert type(model[0]) is ForeignBatchNorm
+    assert type(model[1]) is DistBatchNorm2d
+    with pytest.raises(NothingToConvertError, match="found none .module '0': it keeps running"):
+        convert_model(nn.Sequential(foreign), 2)
+
+
 def lazy() -> nn.Module:
     return nn.LazyBatchNorm2d()
 
