@@ -93,7 +93,9 @@ def convert_model(
         All that can be refused is refused before the model is touched. ``weight`` and ``bias`` are
         the same Parameters afterwards, so optimizers made before stay valid. Converting again
         with the same settings changes nothing. ``load_state_dict`` of the model then refuses a
-        checkpoint with another number of ranks before it loads any part of it.
+        checkpoint with another number of ranks before it loads any part of it. A layer that keeps
+        running statistics and is no BatchNorm of torch's is left alone with a warning, whatever
+        ``unsupported`` says; ``filter_fn`` is not asked for it.
 
     Example::
 
