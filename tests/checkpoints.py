@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,6 +221,19 @@ def bn_state(channels: int = 3, **entries: Any) -> dict[str, torch.Tensor]:
 def save(tmp_path: Path, content: Any, name: str = "in.pth") -> Path:
     torch.save(content, tmp_path / name)
     return tmp_path / name
+
+
+def repickled(path: Path, old: bytes, new: bytes) -> Path:
+    """Another file of torch.save, with bytes of its pickle replaced."""
+    changed = path.with_name(f"repickled_{path.name}")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as out:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            out.writestr(info.filename, data)
+    return changed
 
 
 def round_trip(path: Path, ranks: int = 8, **options: Any) -> Path:

@@ -262,11 +262,12 @@ def test_filter_must_agree_about_a_shared_module() -> None:
     assert type(model.a) is nn.BatchNorm2d
 
 
-def test_converting_twice_changes_nothing() -> None:
-    model = convert_model(trained_net(), 4)
+@pytest.mark.parametrize("settings", [{}, {"eval_reduction": "select", "eval_rank": 3}])
+def test_converting_twice_changes_nothing(settings: dict[str, Any]) -> None:
+    model = convert_model(trained_net(), 4, **settings)
     model(torch.randn(8, 3, 8, 8))
     before = snapshot(model)
-    convert_model(model, 4)
+    convert_model(model, 4, **settings)
     assert_unchanged(model, before)
 
 
@@ -282,6 +283,19 @@ def test_checkpoint_with_other_ranks_is_refused_before_anything_is_loaded() -> N
         after = model.state_dict()
         assert all(torch.equal(after[name], before[name]) for name in before)
         assert not any(revert_model(model)._load_state_dict_pre_hooks)
+
+
+def test_checkpoints_are_checked_once_as_long_as_some_layer_has_virtual_ranks() -> None:
+    source = convert_model(small_net(), 8).state_dict()
+    model = convert_model(small_net(), 4, filter_fn=lambda module, fqn: fqn == "1")
+    convert_model(model, 4)
+    assert len(model._load_state_dict_pre_hooks) == 1
+    revert_model(model, filter_fn=lambda module, fqn: fqn == "1")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateDictError, match=r"^4\.running_mean .* has 8 .* the layer has 4;"):
+        model.load_state_dict(source)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not revert_model(model)._load_state_dict_pre_hooks
 
 
 def test_names_are_those_of_named_modules_in_its_order() -> None:

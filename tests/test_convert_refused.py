@@ -78,11 +78,12 @@ def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:
     [("median", 0, "reduction must be one of"), ("select", 4, "rank must be an int from 0 to 3")],
 )
 def test_bad_reductions_leave_the_model_alone(reduction: str, rank: int, match: str) -> None:
-    model = convert_model(trained_net(), 4)
-    before = snapshot(model)
-    with pytest.raises(ConfigurationError, match=match):
-        revert_model(model, reduction, rank)
-    assert_unchanged(model, before)
+    for plain in (trained_net(), nn.BatchNorm2d(3, track_running_stats=False)):
+        model = convert_model(plain, 4)
+        before = snapshot(model)
+        with pytest.raises(ConfigurationError, match=match):
+            revert_model(model, reduction, rank)
+        assert_unchanged(model, before)
 
 
 def test_reduction_that_overflows_the_dtype_is_refused() -> None:
@@ -134,8 +135,9 @@ def test_batch_norms_of_other_packages_are_left_alone_with_a_warning() -> None:
     model = nn.Sequential(
         foreign, nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
     )
-    with pytest.warns(UserWarning, match="left alone: module '0': it keeps running statistics"):
+    with pytest.warns(UserWarning, match="left alone: module '0': it keeps running") as caught:
         convert_model(model, 2, filter_fn=lambda module, fqn: module.num_features == 3)
+    assert [warning.filename for warning in caught] == [__file__]
     assert type(model[0]) is ForeignBatchNorm
     assert type(model[1]) is DistBatchNorm2d
     with pytest.raises(NothingToConvertError, match="found none .module '0': it keeps running"):
