@@ -123,6 +123,13 @@ def test_floats_compute_as_torch_does(body: str, expected: Any) -> None:
     torch.testing.assert_close(y, expected(x), rtol=0, atol=0, equal_nan=True)
 
 
+def test_what_is_computed_has_one_nan() -> None:
+    x = torch.tensor([0x7FC00001, -1, -(2**22)] + [0x7F800000] * 61, dtype=torch.int32)
+    y = torch.zeros_like(x)
+    run("ld.global.b32 %r8, [%rd3];\nsub.f32 %r9, %r8, %r8;\nst.global.b32 [%rd4], %r9;", x, y)
+    assert y.tolist() == [0x7FFFFFFF] * 64
+
+
 def test_vectors_are_moved_in_the_order_of_memory() -> None:
     x, y = numbers(256), torch.zeros(256, dtype=torch.int32)
     body = """

@@ -189,6 +189,15 @@ def test_accumulation_trains_the_next_rows_at_each_micro_step(momentum: float | 
     torch.testing.assert_close(layer.running_var, rows.running_var)
 
 
+@pytest.mark.parametrize("counts", [None, torch.zeros(2, dtype=torch.long)])
+def test_accumulation_needs_a_counter_for_every_row(counts: Tensor | None) -> None:
+    layer = DistBatchNorm2d(6, vt_world_size=2, accumulation_steps=3)
+    layer.num_batches_tracked = counts
+    got = "None" if counts is None else r"\(2,\)"
+    with pytest.raises(ConfigurationError, match=rf"of shape \(6,\), but got {got}; set it when"):
+        layer(torch.randn(4, 6, 2, 2))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulation_steps": 2}, {"track_running_stats": False}]
@@ -263,6 +272,17 @@ def test_checkpoint_from_before_torch_counted_batches_loads() -> None:
     layer = DistBatchNorm2d(6, vt_world_size=4)
     layer.load_state_dict(source)
     assert layer.num_batches_tracked.tolist() == [0] * 4
+    skeleton = DistBatchNorm2d(6, vt_world_size=4, device="meta")
+    skeleton.load_state_dict(source, assign=True)
+    assert skeleton.num_batches_tracked.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_checkpoint_that_lost_its_counter_is_refused(device: str) -> None:
+    source = trained(nn.BatchNorm2d(6)).state_dict()
+    del source["num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="Missing key.*num_batches_tracked"):
+        DistBatchNorm2d(6, vt_world_size=4, device=device).load_state_dict(source, assign=True)
 
 
 def test_own_checkpoint_loads_row_by_row() -> None:

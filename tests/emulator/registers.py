@@ -32,6 +32,9 @@ TYPES: dict[str, Any] = {
     for bits in (8, 16, 32, 64)
 } | {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype("?")}
 
+# A device has one NaN, where NumPy has one of each operand; threads may write it to one place.
+_NAN = {"f16": 0x7FFF, "f32": 0x7FFFFFFF}
+
 
 def reader(operand: str, kind: str) -> Reader:
     """Return what reads an operand as numbers of that type: ``[threads]``, or one for all."""
@@ -90,7 +93,10 @@ def bits_of(value: Array, kind: str) -> Array:
     if kind == "pred":
         return value.astype(bool)
     value = value.astype(TYPES[kind])
-    return value.view(f"u{value.dtype.itemsize}")
+    bits = value.view(f"u{value.dtype.itemsize}")
+    if kind in _NAN and np.isnan(value).any():
+        return np.where(np.isnan(value), bits.dtype.type(_NAN[kind]), bits)
+    return bits
 
 
 def writer(register: str, kind: str) -> Writer:
