@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint, revert_checkpoint
-from distbn_convert.checkpoint.groups import Group, LookAlike, TensorSpec, find_groups
+from distbn_convert.checkpoint.groups import Group, LookAlike, TensorSpec, describe, find_groups
 from distbn_convert.errors import NothingToDoError
 from distbn_convert.replicas import reduce_statistics
 
@@ -154,6 +154,9 @@ def specs(**shapes: tuple[int, ...]) -> dict[str, TensorSpec | None]:
     }
 
 
+INTEGERS = TensorSpec("int64", (3,), False)
+
+
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
@@ -163,12 +166,21 @@ def specs(**shapes: tuple[int, ...]) -> dict[str, TensorSpec | None]:
         (specs(b__running_mean=(3,), b__running_var=(3,), b__running_std=(3,)), '"running_std"'),
         (specs(b__running_mean=(2, 3, 4), b__running_var=(2, 3, 4)), "not BatchNorm"),
         (specs(b__running_mean=(), b__running_var=()), "not BatchNorm"),
+        (specs(b__running_mean=(3,)) | {"b.running_var": INTEGERS}, "not floating-point"),
+        (specs(b__running_var=(3,)) | {"b.running_mean": INTEGERS}, "not floating-point"),
     ],
 )
 def test_look_alikes_are_told_apart(keys: dict[str, TensorSpec | None], reason: str) -> None:
     (found,) = find_groups(keys)
     assert isinstance(found, LookAlike)
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(("number", "more"), [(1, ""), (2, " and 1 more"), (3, " and 2 more")])
+def test_look_alikes_of_one_reason_are_told_in_one_line(number: int, more: str) -> None:
+    found = find_groups({f"{name}.running_mean": INTEGERS for name in "abc"[:number]})
+    alike = [item for item in found if isinstance(item, LookAlike)]
+    assert describe(alike) == [f"a{more} left alone: {alike[0].reason}."]
 
 
 def test_a_name_with_bn_in_it_means_nothing_and_running_mean_must_stand_alone() -> None:
