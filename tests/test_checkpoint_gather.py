@@ -23,12 +23,13 @@ from distbn_convert.checkpoint import (
 from distbn_convert.errors import (
     ConfigurationError,
     NothingToDoError,
+    OutputExistsError,
     ReadError,
     RefusedError,
 )
 from distbn_convert.replicas import reduce_statistics
 
-from .checkpoints import BATCH_NORMS, Net, load, run_cli, train
+from .checkpoints import BATCH_NORMS, Net, bn_state, contents, load, run_cli, save, train
 
 
 def rank_files(folder: Path, ranks: int = 3) -> list[Path]:
@@ -144,6 +145,48 @@ def test_gather_needs_two_files_and_knows_its_reductions(tmp_path: Path) -> None
         gather_checkpoints(paths[:1], tmp_path / "all.pth")
     with pytest.raises(ConfigurationError, match="'stack', 'mean', 'pooled'"):
         gather_checkpoints(paths, tmp_path / "all.pth", "select")
+    with pytest.raises(ConfigurationError, match="but got 2 inputs and in_place"):
+        gather_checkpoints(paths, None, in_place=True)
+
+
+def test_gather_replaces_none_of_its_inputs(tmp_path: Path) -> None:
+    paths = rank_files(tmp_path, 3)
+    before = contents(tmp_path)
+    for path in paths[1:]:
+        with pytest.raises(OutputExistsError, match=rf"is the input .*{path.name}, which would be"):
+            gather_checkpoints(paths, path, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("number", "more"), [(1, "extra0; the"), (3, "extra0 and 2 more; the")])
+def test_what_differs_outside_of_state_dicts_is_told(
+    tmp_path: Path, number: int, more: str
+) -> None:
+    state, paths = bn_state(), []
+    for rank in range(2):
+        content = {"model": state} | {f"extra{i}": rank for i in range(number)}
+        paths.append(save(tmp_path, content, f"rank{rank}.pth"))
+    report = gather_checkpoints(paths, tmp_path / "all.pth")
+    expected = f"{paths[1]} differs from the first file in {more} first file's were taken."
+    assert expected in report.warnings
+
+
+def test_at_most_three_differences_of_state_dicts_are_told(tmp_path: Path) -> None:
+    state, extra = bn_state(), {f"extra{i}": torch.zeros(1) for i in range(5)}
+    paths = [save(tmp_path, state, "a.pth"), save(tmp_path, state | extra, "b.pth")]
+    with pytest.raises(ReadError, match=r"extra2 is in \S+ alone \(and 2 more\)\.$"):
+        gather_checkpoints(paths, tmp_path / "all.pth")
+
+
+def test_layers_of_other_numbers_of_ranks_have_no_number_in_common(tmp_path: Path) -> None:
+    two, four = (
+        {f"{name}.{key}": torch.ones(ranks, 3) for key in ("running_mean", "running_var")}
+        for name, ranks in (("a", 2), ("b", 4))
+    )
+    paths = [save(tmp_path, two | four, f"rank{rank}.pth") for rank in range(2)]
+    report = gather_checkpoints(paths, tmp_path / "all.pth")
+    assert report.virtual_ranks is None
+    assert {group.ranks for group in report.groups} == {2, 4}
 
 
 def test_safetensors_of_ranks_are_gathered_too(tmp_path: Path, capsys: Any) -> None:

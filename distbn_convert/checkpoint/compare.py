@@ -37,13 +37,13 @@ def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
 
 def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[Path, str]]:
     """Yield the path of each place where two trees differ, and how, in the order of the first."""
-    seen: set[tuple[int, int]] = set()
+    same: set[tuple[int, int]] = set()  # or looked into; a number is one object in many places
     stack: list[tuple[Path, Any, Any]] = [((), first, second)]
     while stack:
         path, one, two = stack.pop()
-        if one is two or (id(one), id(two)) in seen:
+        pair = id(one), id(two)
+        if one is two or pair in same:
             continue
-        seen.add((id(one), id(two)))
         if type(one) is not type(two) and not _both_inert(one, two):
             yield path, f"{type(one).__name__} and {type(two).__name__}"
             continue
@@ -51,11 +51,14 @@ def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[P
         if parts is None or others is None:
             if not _same_leaf(one, two, ends):
                 yield path, _how(one, two)
+                continue
         elif not _same_keys(parts, others):
             yield path, _how_keys_differ(parts, others)
+            continue
         else:
             pairs = zip(parts, others, strict=True)
             stack.extend(reversed([((*path, key), v, w) for (key, v), (_, w) in pairs]))
+        same.add(pair)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
