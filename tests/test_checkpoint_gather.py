@@ -158,17 +158,27 @@ def test_gather_replaces_none_of_its_inputs(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("number", "more"), [(1, "extra0; the"), (3, "extra0 and 2 more; the")])
-def test_what_differs_outside_of_state_dicts_is_told(
-    tmp_path: Path, number: int, more: str
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        (lambda rank: {"a": rank}, "a"),
+        (lambda rank: {"a": rank, "b": rank, "c": rank}, "a and 2 more"),
+        (lambda rank: {"optimizer": {"state": [torch.zeros(2) + rank]}}, "optimizer.state.0"),
+        (lambda rank: {"model": bn_state() | {"_extra_state": rank}}, "model._extra_state"),
+        (lambda rank: {"model": bn_state() | {f"version{rank}": 2}}, "model"),
+        (lambda rank: bn_state() | {"epoch": rank}, "epoch"),
+    ],
+)
+def test_what_differs_beside_the_tensors_of_state_dicts_is_told(
+    tmp_path: Path, extra: Any, where: str
 ) -> None:
-    state, paths = bn_state(), []
+    paths = []
     for rank in range(2):
-        content = {"model": state} | {f"extra{i}": rank for i in range(number)}
-        paths.append(save(tmp_path, content, f"rank{rank}.pth"))
+        torch.manual_seed(0)
+        paths.append(save(tmp_path, {"model": bn_state()} | extra(rank), f"rank{rank}.pth"))
     report = gather_checkpoints(paths, tmp_path / "all.pth")
-    expected = f"{paths[1]} differs from the first file in {more} first file's were taken."
-    assert expected in report.warnings
+    note = f"{paths[1]} differs from the first file in {where}; the first file's were taken."
+    assert report.warnings == (note,)
 
 
 def test_at_most_three_differences_of_state_dicts_are_told(tmp_path: Path) -> None:

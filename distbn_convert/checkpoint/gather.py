@@ -130,16 +130,17 @@ def _paired(stores: list[Store], groups: list[Group]) -> Iterator[Any]:
 
 
 def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -> Iterator[str]:
-    """Yield a note if the files differ outside the state dicts, as random states do."""
+    """Yield a note if files differ beside the tensors of state dicts, as random states do."""
     if not all(isinstance(store, TreeStore) for store in stores):
         return
-    inside = tuple({group.path for group in groups})
+    compared = {
+        (*path, key)
+        for (path, specs), _ in _paired(stores, groups)
+        for key, spec in specs.items()
+        if spec is not None
+    }
     trees = [store.tree for store in stores if isinstance(store, TreeStore)]
-    found = [
-        dotted(path)
-        for path, _ in differences(trees[0], trees[-1])
-        if not any(path[: len(prefix)] == prefix for prefix in inside)
-    ]
+    found = [dotted(path) for path, _ in differences(trees[0], trees[-1]) if path not in compared]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         yield f"{src} differs from the first file in {found[0]}{more}; the first file's were taken."
