@@ -161,7 +161,8 @@ class _Comparison:
 
     def _compare_values(self, where: str, a: Tensor, b: Tensor) -> None:
         same = (a == b) | (a.isnan() & b.isnan())
-        difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf).max().item()
+        apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
+        difference = apart.max().item()
         self.largest = max(self.largest, difference)
         if difference > self.tolerance:
             self.found.append(f"{where} differs by {difference:g}")

@@ -1,0 +1,83 @@
+"""What ``verify`` finds between two files, and how it says so."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from distbn_convert.checkpoint import convert_checkpoint, verify_checkpoint
+from distbn_convert.errors import VerificationError
+
+from .checkpoints import bn_state, save
+
+
+def test_each_difference_is_told_also_where_numbers_are_the_same_objects(tmp_path: Path) -> None:
+    """Python keeps one object of a small number, in whatever place it stands."""
+    state = bn_state()
+    paths = []
+    for epoch in (1, 2):
+        content = {"epoch": epoch, "model": state, "scheduler": {"last_epoch": epoch, "step": [4]}}
+        paths.append(save(tmp_path, content, f"epoch{epoch}.pth"))
+    told = r"differ: epoch: the values differ; scheduler\.last_epoch: the values differ\.$"
+    with pytest.raises(VerificationError, match=told):
+        verify_checkpoint(*paths)
+
+
+def test_what_one_file_has_alone_is_told_of_either(tmp_path: Path) -> None:
+    state = bn_state()
+    both = state | {key.replace("bn.", "other."): value for key, value in state.items()}
+    one, two = save(tmp_path, state, "one.pth"), save(tmp_path, both, "two.pth")
+    for files, which in ((one, two), "second"), ((two, one), "first"):
+        told = (
+            rf"the BatchNorm other is in the {which} alone; other\.weight is in the {which} alone"
+        )
+        with pytest.raises(VerificationError, match=rf"{told}; .* \(and 1 more\)\.$"):
+            verify_checkpoint(*files)
+
+
+def test_other_numbers_of_ranks_are_told_as_shapes(tmp_path: Path) -> None:
+    path = save(tmp_path, bn_state())
+    for ranks in (2, 4):
+        convert_checkpoint(path, tmp_path / f"{ranks}.pth", ranks)
+    told = r"bn\.running_mean is float32 \(2, 3\) and float32 \(4, 3\); bn\.running_var"
+    with pytest.raises(VerificationError, match=told):
+        verify_checkpoint(tmp_path / "2.pth", tmp_path / "4.pth")
+
+
+def test_statistics_may_differ_by_the_tolerance(tmp_path: Path) -> None:
+    paths = []
+    for added in (0.0, 0.25):
+        mean = torch.tensor([1.0, math.nan, math.inf]) + added
+        paths.append(save(tmp_path, bn_state_like(mean), f"{added}.pth"))
+    assert verify_checkpoint(*paths, tolerance=0.25).largest_difference == 0.25
+    with pytest.raises(VerificationError, match=r"differ: bn\.running_mean differs by 0\.25\.$"):
+        verify_checkpoint(*paths, tolerance=0.24)
+
+
+@pytest.mark.parametrize("other", [math.nan, -math.inf, 5.0])
+def test_what_is_no_number_is_within_no_tolerance(tmp_path: Path, other: float) -> None:
+    means = torch.tensor([1.0, 2.0, math.inf]), torch.tensor([1.0, 2.0, other])
+    paths = [save(tmp_path, bn_state_like(mean), f"{i}.pth") for i, mean in enumerate(means)]
+    with pytest.raises(VerificationError, match=r"bn\.running_mean differs by inf\.$"):
+        verify_checkpoint(*paths, tolerance=1e30)
+
+
+def bn_state_like(mean: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A state dict that is the same but for its mean."""
+    torch.manual_seed(0)
+    return bn_state(**{"bn.running_mean": mean})
+
+
+def test_parameters_must_be_the_same_and_counters_on_both_sides(tmp_path: Path) -> None:
+    state = bn_state()
+    one = save(tmp_path, state, "one.pth")
+    two = save(tmp_path, state | {"bn.weight": state["bn.weight"] + 1e-6}, "two.pth")
+    with pytest.raises(VerificationError, match=r"differ: bn\.weight differs\.$"):
+        verify_checkpoint(one, two, tolerance=1.0)
+    del state["bn.num_batches_tracked"]
+    for files in (one, save(tmp_path, state)), (save(tmp_path, state), one):
+        with pytest.raises(VerificationError, match="bn has num_batches_tracked in one file alone"):
+            verify_checkpoint(*files)
