@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,31 @@ def test_each_difference_is_told_also_where_numbers_are_the_same_objects(tmp_pat
     told = r"differ: epoch: the values differ; scheduler\.last_epoch: the values differ\.$"
     with pytest.raises(VerificationError, match=told):
         verify_checkpoint(*paths)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "how"),
+    [
+        (1, "1", "int and str"),
+        ([1], (1,), "list and tuple"),
+        ([1], [1, 2], "only the second has 1"),
+        ({"b": 1, "a": 2}, {"a": 2, "b": 1}, "the same keys in another order"),
+        ([torch.zeros(2)], [torch.zeros(3)], r"0: shapes \(2,\) and \(3,\)"),
+        ([torch.zeros(2)], [torch.zeros(2).half()], r"0: torch\.float32 and torch\.float16"),
+        ([torch.zeros(2)], [torch.ones(2)], "0: the values differ"),
+        ([torch.arange(9.0)[1:]], [torch.arange(9.0)[1:] + 1], "0: the values differ"),
+        ([torch.arange(10)[1:].int()], [torch.arange(10)[1:].int() + 1], "0: the values differ"),
+    ],
+)
+def test_how_the_rest_differs_is_told(tmp_path: Path, one: Any, two: Any, how: str) -> None:
+    state = bn_state()
+    paths = [
+        save(tmp_path, {"model": state, "rest": rest}, f"{name}.pth")
+        for name, rest in (("one", one), ("two", two), ("again", copy.deepcopy(one)))
+    ]
+    assert verify_checkpoint(paths[0], paths[2]).largest_difference == 0
+    with pytest.raises(VerificationError, match=rf"differ: rest(: |\.){how}\.$"):
+        verify_checkpoint(*paths[:2])
 
 
 def test_what_one_file_has_alone_is_told_of_either(tmp_path: Path) -> None:
