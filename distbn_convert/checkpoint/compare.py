@@ -37,7 +37,9 @@ def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
 
 def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[Path, str]]:
     """Yield the path of each place where two trees differ, and how, in the order of the first."""
-    same: set[tuple[int, int]] = set()  # or looked into; a number is one object in many places
+    # What is the same, or was looked into. What differs is told wherever it stands: Python keeps
+    # one object of a small number.
+    same: set[tuple[int, int]] = set()
     stack: list[tuple[Path, Any, Any]] = [((), first, second)]
     while stack:
         path, one, two = stack.pop()
