@@ -51,16 +51,16 @@ def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[P
             continue
         parts, others = _parts(one), _parts(two)
         if parts is None or others is None:
-            if not _same_leaf(one, two, ends):
+            if _same_leaf(one, two, ends):
+                same.add(pair)
+            else:
                 yield path, _how(one, two)
-                continue
-        elif not _same_keys(parts, others):
-            yield path, _how_keys_differ(parts, others)
-            continue
-        else:
+        elif _same_keys(parts, others):
+            same.add(pair)
             pairs = zip(parts, others, strict=True)
             stack.extend(reversed([((*path, key), v, w) for (key, v), (_, w) in pairs]))
-        same.add(pair)
+        else:
+            yield path, _how_keys_differ(parts, others)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
