@@ -197,3 +197,54 @@ def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:
     (tmp_path / "in" / "outputs").symlink_to(tmp_path / "outputs")
     convert_checkpoint(tmp_path / "in", tmp_path / "outputs" / "out", 2, fsync=False)
     assert (tmp_path / "outputs" / "out" / "outputs").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["index", "folder", "dcp", "accelerate"])
+def test_a_log_may_grow_beside_what_another_format_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As long as none of it is carried over; what is read is watched as ever."""
+    replicate_groups = edit.replicate_groups
+    cases = list(saved_as(kind, tmp_path / "in"))
+    for source, file in [*cases, (cases[0][0], tmp_path / "in" / "new.log")]:
+
+        def meanwhile(*args: Any, file: Path = file) -> Any:
+            with open(file, "ab") as opened:
+                opened.write(b"epoch 3")
+            return replicate_groups(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(edit, "replicate_groups", meanwhile)
+            if file.name in ("config.json", "new.log"):
+                convert_checkpoint(source, tmp_path / file.name, 2, format="torch", fsync=False)
+                continue
+            with pytest.raises(ReadError, match="changed while it was"):
+                convert_checkpoint(source, tmp_path / "out", 2, format="torch", fsync=False)
+            os.truncate(file, file.stat().st_size - len(b"epoch 3"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_log_may_grow_beside_what_is_gathered_but_not_carried_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: bool
+) -> None:
+    gather_groups, state = gather.gather_groups, Net().state_dict()
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        save_file(state, tmp_path / f"rank{rank}" / "model.safetensors")
+
+    def meanwhile(*args: Any) -> Any:
+        result = gather_groups(*args)
+        name = "model.safetensors" if read else "train.log"
+        with open(tmp_path / "rank1" / name, "ab") as opened:
+            opened.write(b" ")
+        return result
+
+    monkeypatch.setattr(gather, "gather_groups", meanwhile)
+    folders = [tmp_path / "rank0", tmp_path / "rank1"]
+    if read:
+        with pytest.raises(ReadError, match="rank1 changed while it was being read"):
+            gather_checkpoints(folders, tmp_path / "out")
+    else:
+        gather_checkpoints(folders, tmp_path / "out")
+    assert (tmp_path / "out").exists() is not read

@@ -72,6 +72,7 @@ def gather_checkpoints(
                 check_checksums(path)
             stores.append(open_store(path, chosen_options.reading))
             job.keep(stores[-1])
+            job.watch_read(path, stores[-1])
             found = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, found.chosen))
             notes.extend(_other_differences(src, stores, chosen))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "file_info"]
 
 Compute = Callable[[Store, "list[Group]"], "Replacements"]
+_Identity = tuple[int, ...]  # what shows that a file was written to or replaced
 
 
 class _PreparedError(Exception):
@@ -59,7 +60,8 @@ class Job:
         self.started = time.monotonic()
         self.command, self.options = command, options
         self.src = as_path(src)
-        self._before: dict[Path, tuple[object, ...]] = {}
+        self._before: dict[Path, dict[Path, _Identity]] = {}  # of each input
+        self._whole: set[Path] = set()  # inputs to which no file may be added either
         self.watch(self.src)
         self.kind = sniff(self.src)
         index = self.kind is Kind.SHARDED and self.src.is_file()
@@ -96,6 +98,8 @@ class Job:
             check_checksums(self.src)
         store = open_store(self.src, options.reading)
         self.keep(store)
+        if self.format is not None and options.max_shard_size is None:
+            self.watch_read(self.src, store)
         found = survey(store, self.src, options.selection, state)
         groups = found.reports(store, action)
         if options.strict:
@@ -127,7 +131,16 @@ class Job:
 
         With an index that is its whole folder, all of which may be carried over.
         """
-        self._before[path] = _fingerprint(path)
+        self._before[path] = _identities(path, _files_of(path))
+        self._whole.add(path)
+
+    def watch_read(self, path: Path, store: Store) -> None:
+        """Watch only what is read of an input of which nothing else is carried over."""
+        before, files = self._before[path], list(store.files())
+        unseen = [file for file in files if file not in before]  # below a link to a folder
+        before |= _identities(path, unseen)
+        self._before[path] = {file: before[file] for file in files}
+        self._whole.discard(path)
 
     def keep(self, store: Store) -> None:
         """Refuse an output that would replace a file of this input, or a folder that holds one.
@@ -253,7 +266,7 @@ class Job:
 
     def _check_unchanged(self) -> None:
         for path, before in self._before.items():
-            if _fingerprint(path) != before:
+            if _identities(path, _files_of(path) if path in self._whole else before) != before:
                 raise ReadError(
                     f"{path} changed while it was being read. Nothing was written; run this again "
                     "when its writer has finished."
@@ -291,16 +304,19 @@ def file_info(path: Path, format: str, sha256: bool = False) -> FileInfo:
     return FileInfo(str(path), format, path.stat().st_size, digest)
 
 
-def _fingerprint(path: Path) -> tuple[object, ...]:
-    """Return what shows that a file, or one in a folder or below, was written to or replaced."""
-    if path.name.endswith(".index.json") and path.is_file():
-        path = path.parent
+def _identities(path: Path, files: Iterable[Path]) -> dict[Path, _Identity]:
+    """Return what shows that one of the files of an input was written to or replaced."""
     try:
-        if not path.is_dir():
-            return _identity(path)
-        return tuple(sorted((str(file), *_identity(file)) for file in _files_below(path)))
+        return {file: _identity(file) for file in files}
     except OSError as error:
         raise access_error(f"cannot read {path}", error) from error
+
+
+def _files_of(path: Path) -> Iterable[Path]:
+    """Return a file, or those in a folder and below; of an index those of its folder."""
+    if path.name.endswith(".index.json") and path.is_file():
+        path = path.parent
+    return _files_below(path) if path.is_dir() else [path]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -311,7 +327,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in [*files, *links] if not is_temporary(name))
 
 
-def _identity(file: Path) -> tuple[int, ...]:
+def _identity(file: Path) -> _Identity:
     status = os.stat(file) if file.is_file() else os.lstat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
