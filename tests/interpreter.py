@@ -155,7 +155,7 @@ def check_schedule() -> None:
                 assert {(slab, piece) for piece in range(splits)} <= before
             # What is gathered and not yet applied must fit in L2.
             applied = [row[1] for row in rows[:ticket] if not row[0]]
-            assert slab <= max(applied, default=-1) + depth + 1
+            assert slab <= max(applied, default=-1) + depth
 
 
 def check_concurrency() -> None:

@@ -3,9 +3,9 @@
 For maps that are too large for registers. A *slab* is one rank's share of a block
 of channels; it is cut into ``splits`` pieces, and each piece is visited by two programs: one
 gathers its statistics, the other applies those of its whole slab. Programs take tickets, and
-tickets are dealt so that slab ``k`` is applied right after the statistics of slab ``k + depth``
-are gathered: with ``depth`` slabs in L2, what is applied is still there, and there is always
-other work between a slab's statistics and the wait for them.
+tickets are dealt so that slab ``k`` is applied right before the statistics of slab ``k + depth``
+are gathered: with ``depth`` slabs in L2, what is applied is still there, and with two or more there
+is always other work between a slab's statistics and the wait for them.
 
 Why no program waits forever: one waits only for statistics whose tickets come before its own. A
 ticket is taken by a program that runs already, and one that gathers never waits, so that those
