@@ -428,13 +428,13 @@ def test_error_inputs_raise_what_torch_says(case: Case) -> None:
     with pytest.raises(error.error_type, match=error.error_regex):
         ours(*inputs.args, **inputs.kwargs)
     plain = info.module_cls(*arguments.args, **arguments.kwargs, dtype=torch.float64).eval()
-    if plain.eps < 0:  # refused by torch in evaluation too
-        with pytest.raises(error.error_type) as refusal:
-            plain(*inputs.args, **inputs.kwargs)
-        with pytest.raises(error.error_type, match=re.escape(str(refusal.value))):
+    try:
+        expected = plain(*inputs.args, **inputs.kwargs)
+    except error.error_type as refusal:  # in evaluation too: negative, before torch 2.12 also zero
+        with pytest.raises(error.error_type, match=re.escape(str(refusal))):
             ours.eval()(*inputs.args, **inputs.kwargs)
     else:
-        expected = plain(*inputs.args, **inputs.kwargs)
+        assert plain.eps == 0
         torch.testing.assert_close(ours.eval()(*inputs.args, **inputs.kwargs), expected)
 
 

@@ -11,7 +11,11 @@ from distbn_convert import DistBatchNorm2d, convert_model, register_pair, revert
 from distbn_convert.errors import RegistryError
 
 
-class BatchNormReLU(nn.BatchNorm2d):
+class Parent(nn.BatchNorm2d):
+    pass
+
+
+class BatchNormReLU(Parent):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
 
@@ -57,11 +61,13 @@ class FlatTo2d(Flat, DistBatchNorm2d):
         (nn.Linear, DistBatchNorm2d, "plain must be a subclass of BatchNorm1d"),
         (nn.BatchNorm2d(3), DistBatchNorm2d, "give the class itself"),
         (BatchNormReLU, Unrelated, "dist must derive from BatchNormReLU"),
+        (BatchNormReLU, "DistBatchNormReLU", "but got 'DistBatchNormReLU'; write class Dist"),
         (BatchNormReLU, BatchNormReLU, "dist must derive from BatchNormReLU and from Dist"),
         (BatchNormReLU, WrongOrder, r"must keep the forward of BatchNormReLU, .* write class Dist"),
         (Flat, FlatTo2d, "from Flat and from DistBatchNorm1d"),
         (nn.SyncBatchNorm, Unrelated, "plain must be a subclass of BatchNorm1d, 2d or 3d"),
         (nn.BatchNorm2d, Unrelated, "in no pair yet, but BatchNorm2d or Unrelated already is"),
+        (Parent, DistBatchNormReLU, "but Parent or DistBatchNormReLU already is"),
         (BatchNormReLU, DistBatchNormReLU, "register each class once"),
     ],
 )
