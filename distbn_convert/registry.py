@@ -54,6 +54,11 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
             f"plain must be a subclass of BatchNorm1d, 2d or 3d, but got {plain!r}; "
             "give the class itself."
         )
+    if issubclass(plain, DistBatchNormMixin):
+        raise RegistryError(
+            f"plain must be a class without virtual ranks, but got {plain.__name__}; "
+            "give the one that it stands for."
+        )
     base = next(dist for torchs, dist in _DIMENSIONS.items() if issubclass(plain, torchs))
     advice = f"write class Dist{plain.__name__}({plain.__name__}, {base.__name__}): ..."
     if not (isinstance(dist, type) and issubclass(dist, plain) and issubclass(dist, base)):
@@ -66,7 +71,7 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
             f"{dist.__name__} must keep the forward of {plain.__name__}, but its bases put batch "
             f"norm's in front; {advice}"
         )
-    if plain in _DIST_OF or dist in _PLAIN_OF or issubclass(plain, DistBatchNormMixin):
+    if plain in _DIST_OF or dist in _PLAIN_OF:
         raise RegistryError(
             f"expected classes that are in no pair yet, but {plain.__name__} or {dist.__name__} "
             "already is; register each class once."

@@ -67,6 +67,7 @@ class FlatTo2d(Flat, DistBatchNorm2d):
         (Flat, FlatTo2d, "from Flat and from DistBatchNorm1d"),
         (nn.SyncBatchNorm, Unrelated, "plain must be a subclass of BatchNorm1d, 2d or 3d"),
         (nn.BatchNorm2d, Unrelated, "in no pair yet, but BatchNorm2d or Unrelated already is"),
+        (DistBatchNorm2d, Unrelated, "without virtual ranks, but got DistBatchNorm2d; give"),
         (Parent, DistBatchNormReLU, "but Parent or DistBatchNormReLU already is"),
         (BatchNormReLU, DistBatchNormReLU, "register each class once"),
     ],
