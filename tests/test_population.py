@@ -109,6 +109,28 @@ def test_a_large_mean_leaves_the_variance_exact() -> None:
     torch.testing.assert_close(layer.running_var[0], torch.cat(batches).var(0, correction=0))
 
 
+def test_a_half_precision_layer_counts_more_values_than_its_dtype_can() -> None:
+    layer = convert_model(nn.BatchNorm2d(2).half(), 2)
+    batches = [torch.randn(16, 2, 64, 96).half() + n for n in range(2)]
+    assert batches[0].numel() / 4 * 2 > torch.finfo(torch.half).max
+    recalibrate(layer, batches, pooled=True)
+    mean, var = population([batch.double() for batch in batches])
+    for row in range(2):
+        torch.testing.assert_close(layer.running_mean[row].double(), mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(layer.running_var[row].double(), var, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_layers_that_count_no_batches_are_recalibrated(ranks: int | None) -> None:
+    layer = nn.BatchNorm2d(3).double()
+    layer = layer if ranks is None else convert_model(layer, ranks)
+    layer.num_batches_tracked = None
+    recalibrate(layer, make_batches(), pooled=True)
+    mean, var = population(make_batches())
+    torch.testing.assert_close(layer.running_mean, mean.expand_as(layer.running_mean), **CLOSE)
+    torch.testing.assert_close(layer.running_var, var.expand_as(layer.running_var), **CLOSE)
+
+
 class Twice(nn.Module):
     """A shared layer, a frozen one, dropout, and the layer's input by keyword."""
 
@@ -192,9 +214,13 @@ def test_progress_is_a_line_on_a_terminal(
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
     recalibrate(nn.BatchNorm2d(3).double(), make_batches(), max_batches=3, progress=progress)
-    recalibrate(nn.BatchNorm2d(3).double(), iter(make_batches()), progress=progress)
+    for most in (None, 2):
+        batches = iter(make_batches())
+        layer = nn.BatchNorm2d(3).double()
+        recalibrate(layer, batches, max_batches=most, progress=progress)
     shown = [f"\rrecalibrate: batch {n} of 3" for n in (1, 2, 3)]
     shown += ["\n"] + [f"\rrecalibrate: batch {n} of ?" for n in (1, 2, 3, 4)] + ["\n"]
+    shown += [f"\rrecalibrate: batch {n} of 2" for n in (1, 2)] + ["\n"]
     assert stream.getvalue() == ("".join(shown) if terminal and progress else "")
 
 

@@ -61,6 +61,16 @@ def test_a_sync_between_micro_steps_does_not_lose_the_micro_step() -> None:
     assert layer.num_batches_tracked.tolist() == [1, 1, 1, 1]
 
 
+def test_layers_that_count_no_batches_are_reduced() -> None:
+    layer = convert_model(nn.BatchNorm2d(3), 2)
+    layer.num_batches_tracked = None
+    layer(torch.randn(4, 3, 2, 2))
+    mean = layer.running_mean.mean(0)
+    sync_running_stats(layer)
+    torch.testing.assert_close(layer.running_mean, mean.expand(2, 3))
+    assert layer.num_batches_tracked is None
+
+
 def test_a_model_without_statistics_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3))
     model.append(convert_model(nn.BatchNorm1d(3, track_running_stats=False), 2))
@@ -70,8 +80,9 @@ def test_a_model_without_statistics_is_left_alone() -> None:
 def test_what_cannot_be_reduced_is_refused_and_nothing_changes() -> None:
     model = one_model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigurationError, match="reduction must be one of"):
-        sync_running_stats(model, reduction="average")
+    for any_model in (model, nn.Linear(2, 2)):
+        with pytest.raises(ConfigurationError, match="reduction must be one of"):
+            sync_running_stats(any_model, reduction="average")
     with pytest.raises(ConfigurationError, match=r"rank must be an int from 0 to 0 .*but got 1"):
         sync_running_stats(nn.BatchNorm1d(2), reduction="select", rank=1)
     model[1].half().running_mean[0] = 6e4
