@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checks import check_activation, check_partition, check_residual, check_vt_world_size
 from .errors import ConfigurationError, InputError, StateDictError
 from .functional import dist_batch_norm
-from .replicas import check_reduction, reduce_statistics, replicate
+from .replicas import check_reduction, evaluation_statistics, replicate
 
 __all__ = ["DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d", "DistBatchNormMixin"]
 
@@ -134,7 +134,7 @@ class DistBatchNormMixin(_BatchNorm):
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None:
-            mean, var = reduce_statistics(mean, var, self.eval_reduction, self.eval_rank)
+            mean, var = evaluation_statistics(mean, var, self.eval_reduction, self.eval_rank)
         batch_statistics = mean is None and var is None
         return F.batch_norm(
             input, mean, var, self.weight, self.bias, batch_statistics, 0.0, self.eps

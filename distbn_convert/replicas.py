@@ -25,6 +25,7 @@ from .errors import ConfigurationError, ConversionError
 __all__ = [
     "REDUCTIONS",
     "check_reduction",
+    "evaluation_statistics",
     "merge_moments",
     "reduce_count",
     "reduce_rows",
@@ -104,6 +105,23 @@ def reduce_statistics(
     reduced = reduced.to(rows.dtype)
     mean, var = (torch.where(same[i], rows[i, 0], reduced[i]) for i in (0, 1))
     return mean.to(running_mean.dtype), var.to(running_var.dtype)
+
+
+def evaluation_statistics(
+    running_mean: Tensor, running_var: Tensor, reduction: str = "mean", rank: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Reduce for one evaluation: as :func:`reduce_statistics`, in a third of the operations.
+
+    Each operation of each layer is a launch. A sum of equal values narrower than float64 is exact
+    in it, and their mean rounds to that value, so that equal rows need no care; only the sign of
+    zeros and the payload of NaN are lost.
+    """
+    dtype, device = running_mean.dtype, running_mean.device
+    narrow = dtype == running_var.dtype and dtype != torch.float64 and device.type != "mps"
+    if reduction != "mean" or not narrow:
+        return reduce_statistics(running_mean, running_var, reduction, rank)
+    mean, var = torch.stack((running_mean, running_var)).double().mean(1).to(dtype).unbind()
+    return mean, var
 
 
 def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int = 0) -> Tensor:

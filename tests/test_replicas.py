@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distbn_convert.errors import ConfigurationError
-from distbn_convert.replicas import reduce_count, reduce_statistics, replicate
+from distbn_convert.replicas import (
+    evaluation_statistics,
+    reduce_count,
+    reduce_statistics,
+    replicate,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -47,6 +52,29 @@ def test_reducing_equal_rows_gives_the_row_bit_for_bit(
     assert torch.equal(bits(result[0][~negative_zero]), bits(mean[~negative_zero]))
     assert torch.equal(result[0], mean)
     assert torch.equal(bits(result[1]), bits(var))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "select", "pooled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(ranks=st.integers(1, 1000), seed=st.integers(0, 2**31), equal=st.booleans())
+@settings(max_examples=40)
+def test_evaluation_uses_the_statistics_that_reverting_keeps(
+    dtype: torch.dtype, reduction: str, ranks: int, seed: int, equal: bool
+) -> None:
+    if equal:
+        rows = replicate(any_values(dtype, 64, seed), ranks)
+    else:
+        rows = any_values(dtype, 64 * ranks, seed).view(ranks, 64)
+    kept = reduce_statistics(rows, rows.abs(), reduction, ranks - 1)
+    used = evaluation_statistics(rows, rows.abs(), reduction, ranks - 1)
+    torch.testing.assert_close(used, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_evaluation_keeps_the_dtype_of_each_statistic() -> None:
+    mean, var = torch.randn(4, 5), torch.rand(4, 5, dtype=torch.float64)
+    used = evaluation_statistics(mean, var)
+    assert [statistic.dtype for statistic in used] == [torch.float32, torch.float64]
+    assert torch.equal(used[1], reduce_statistics(mean, var)[1])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "select", "pooled"])
