@@ -108,7 +108,7 @@ def reduce_statistics(
 
 
 def evaluation_statistics(
-    running_mean: Tensor, running_var: Tensor, reduction: str = "mean", rank: int = 0
+    running_mean: Tensor, running_var: Tensor, reduction: str, rank: int
 ) -> tuple[Tensor, Tensor]:
     """Reduce for one evaluation: as :func:`reduce_statistics`, in a third of the operations.
 

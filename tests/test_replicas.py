@@ -72,7 +72,7 @@ def test_evaluation_uses_the_statistics_that_reverting_keeps(
 
 def test_evaluation_keeps_the_dtype_of_each_statistic() -> None:
     mean, var = torch.randn(4, 5), torch.rand(4, 5, dtype=torch.float64)
-    used = evaluation_statistics(mean, var)
+    used = evaluation_statistics(mean, var, "mean", 0)
     assert [statistic.dtype for statistic in used] == [torch.float32, torch.float64]
     assert torch.equal(used[1], reduce_statistics(mean, var)[1])
 
@@ -87,8 +87,11 @@ def test_nan_and_infinity_are_carried_through(reduction: str) -> None:
         assert result.isinf().tolist() == [False, True, False]
 
 
-def test_each_word_is_what_it_says() -> None:
+@pytest.mark.parametrize("equal", ["neither", "mean", "var"])
+def test_each_word_is_what_it_says(equal: str) -> None:
     mean, var = torch.randn(5, 7), torch.rand(5, 7)
+    if equal != "neither":
+        {"mean": mean, "var": var}[equal][:] = 3
     wide_mean, wide_var = mean.double(), var.double()
     for reduction, expected in {
         "mean": (wide_mean.mean(0), wide_var.mean(0)),
