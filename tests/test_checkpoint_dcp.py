@@ -181,6 +181,9 @@ def test_a_tensor_in_pieces_is_put_together_and_becomes_one(
     new = whole.expand(2, *shape).contiguous()
     convert(tmp_path / "plain", tmp_path / "virtual", {"bn.running_mean": new})
     assert torch.equal(read_dcp(tmp_path / "virtual").read_tensor("bn.running_mean"), new)
+    (piece,) = read_dcp(tmp_path / "virtual").metadata.storage_data.values()
+    files = (tmp_path / "virtual").glob("*.distcp")
+    assert sum(file.stat().st_size for file in files) == piece.length  # nothing else is left
     for folder, expected in (("plain", whole), ("virtual", new)):
         target = {"bn.running_mean": torch.zeros_like(expected)}
         with warnings.catch_warnings():

@@ -216,10 +216,31 @@ def test_case_28_what_safetensors_cannot_hold_is_refused_and_state_extracts(
     assert extracted.keys() == expected.keys()
     assert extracted["head.running_mean"].shape == (4, 4)
     assert torch.equal(extracted["fc.weight"], expected["fc.weight"])
+    listed = [load(path)["model"], 3]
+    torch.save(listed, tmp_path / "list.pth")
+    with pytest.raises(RefusedError, match=r"no state dict at its top; it has 0\. Name one with"):
+        convert_checkpoint(tmp_path / "list.pth", out, 4, format="safetensors", overwrite=True)
     tied = nn.Sequential(nn.BatchNorm2d(3))
     torch.save({**tied.state_dict(), "also": tied[0].weight.detach()}, tmp_path / "tied.pth")
     with pytest.raises(RefusedError, match="share memory"):
         convert_checkpoint(tmp_path / "tied.pth", tmp_path / "t", 2, format="safetensors")
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"epoch": 3}, "has epoch"),
+        ({7: torch.ones(3)}, "has 7"),
+        (dict.fromkeys("abcdef", 1), r"has a, b, c, d, e, \.\.\."),
+    ],
+)
+def test_a_state_dict_with_more_than_named_tensors_in_it_gets_no_name_to_take(
+    tmp_path: Path, others: dict[Any, Any], named: str
+) -> None:
+    torch.save({**nn.BatchNorm2d(3).state_dict(prefix="bn."), **others}, tmp_path / "in.pth")
+    with pytest.raises(RefusedError, match=rf"also {named}\. Save its tensors alone\.$"):
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out", 2, format="safetensors")
+    assert os.listdir(tmp_path) == ["in.pth"]
 
 
 def test_case_27_strided_tensors_become_contiguous_in_safetensors(tmp_path: Path) -> None:
@@ -230,6 +251,9 @@ def test_case_27_strided_tensors_become_contiguous_in_safetensors(tmp_path: Path
     )
     assert "t were made contiguous for safetensors." in report.warnings
     assert torch.equal(load_file(tmp_path / "o.safetensors")["t"], tensors["t"])
+    torch.save({**tensors, "u": torch.rand(3, 4).t()}, tmp_path / "two.pth")
+    report = convert_checkpoint(tmp_path / "two.pth", tmp_path / "two", 2, format="safetensors")
+    assert "t and 1 more were made contiguous for safetensors." in report.warnings
 
 
 def test_views_side_by_side_are_no_obstacle_to_safetensors(tmp_path: Path) -> None:

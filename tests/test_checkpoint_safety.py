@@ -25,7 +25,7 @@ from torch import nn
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint, revert_checkpoint
 from distbn_convert.errors import CheckpointError, NothingToDoError, ReadError, RefusedError
 
-from .checkpoints import BATCH_NORMS, Net, bn_state, load, resaved, run_cli
+from .checkpoints import BATCH_NORMS, Net, bn_state, load, repickled, resaved, run_cli
 
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -76,6 +76,8 @@ def odd_objects() -> dict[str, Any]:
         "type": Custom,
         "slice": slice(1, 5),
         "complex": 1 + 2j,
+        "size": torch.Size([2, 3]),
+        "device": torch.device("cpu"),
     }
 
 
@@ -95,6 +97,7 @@ def test_case_22_odd_objects_are_refused_by_name_and_carried_with_opaque(
     report = convert_checkpoint(path, tmp_path / "v.pth", 4, opaque=True)
     listed = report.to_dict()["opaque_globals"]
     assert {f"{__name__}.Config", f"{__name__}.Custom", "collections.deque"} <= set(listed)
+    assert not any(name.startswith("torch.") for name in listed)  # they are no strangers
     revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth", opaque=True)
     original, back = load(path), load(tmp_path / "back.pth")
     assert list(back) == list(original)
@@ -172,6 +175,15 @@ def test_opaque_files_of_every_pickle_protocol_come_back(tmp_path: Path) -> None
         )
         assert back[:2] == original[:2] == bytes([0x80, protocol])
         assert load(tmp_path / f"b{protocol}")["config"] == Config(lr=0.1, layers=[1, 2])
+
+
+def test_an_object_that_is_given_its_state_twice_is_refused(tmp_path: Path) -> None:
+    """No pickler writes that; the second would take the place of the first."""
+    path = save(tmp_path / "in.pth", {**Net().state_dict(), "custom": Custom(7)})
+    crafted = repickled(path, b"K\x07sb", b"K\x07sb}b")
+    with pytest.raises(ReadError, match="given its state twice"):
+        convert_checkpoint(crafted, tmp_path / "out.pth", 2, opaque=True)
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_an_opaque_round_trip_of_an_ordinary_file_changes_nothing(tmp_path: Path) -> None:

@@ -99,9 +99,11 @@ def _extract(store: TreeStore, state: str | None) -> Mapping[str, Tensor]:
     if others or odd:
         shown = ", ".join(map(key_name, (others or odd)[:5]))
         more = ", ..." if len(others or odd) > 5 else ""
+        names = " or ".join(f"--state {name}" for name in _state_dicts(store))
+        advice = f"Take one state dict with {names}." if names else "Save its tensors alone."
         raise RefusedError(
             f"safetensors holds tensors by name alone, but {store.path} also has {shown}{more}. "
-            f"Take one state dict with --state {' or --state '.join(_state_dicts(store))}."
+            f"{advice}"
         )
     return wanted
 
