@@ -192,6 +192,33 @@ def test_a_total_size_that_is_no_number_is_left_alone(tmp_path: Path, total: obj
     assert content["odd"] == [1]
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    ['{"total_size" :\t8, "by": "\u00e9"}', '{"old": {"total_size": 5},"total_size": 8}'],
+    ids=["alone", "one of two"],
+)
+def test_the_text_of_an_index_stays_but_for_its_total_size(tmp_path: Path, metadata: str) -> None:
+    """Where the first number of that name is another one, only what the text says stays."""
+    source, first = tmp_path / "in", "old" not in metadata
+    source.mkdir()
+    save_file({"a": torch.zeros(2)}, source / "a.safetensors")
+    text = f'\n{{"weight_map": {{ "a":"a.safetensors"}},\n   "metadata": {metadata}}}'
+    path = source / "model.safetensors.index.json"
+    path.write_bytes(text.encode())
+    with write_sharded(read_index(path), tmp_path / "out", {"a": torch.zeros(3, 2)}):
+        pass
+    grown = (tmp_path / "out" / path.name).read_bytes()
+    expected = json.loads(text)
+    expected["metadata"]["total_size"] = 24
+    assert json.loads(grown) == expected
+    assert (grown == text.replace("8", "24").encode()) is first
+    with write_sharded(read_index(tmp_path / "out"), tmp_path / "back", {"a": torch.zeros(2)}):
+        pass
+    back = (tmp_path / "back" / path.name).read_bytes()
+    assert json.loads(back) == json.loads(text)
+    assert (back == path.read_bytes()) is first
+
+
 UNSAFE = [
     *("../a.safetensors", "sub/../../a.safetensors", "/etc/a.safetensors", "..\\a.safetensors"),
     *("C:\\a.safetensors", "C:a.safetensors", "\\\\host\\share\\a.safetensors", "\\a.safetensors"),
