@@ -236,6 +236,14 @@ def repickled(path: Path, old: bytes, new: bytes) -> Path:
     return changed
 
 
+def write_index(
+    folder: Path, weight_map: object, name: str = "model.safetensors.index.json", **more: object
+) -> Path:
+    """An index for shards that need not be there."""
+    (folder / name).write_text(json.dumps({**more, "weight_map": weight_map}))
+    return folder / name
+
+
 def round_trip(path: Path, ranks: int = 8, **options: Any) -> Path:
     """Convert, revert; the results are beside the file, as virtual and back."""
     convert_checkpoint(path, path.with_name("virtual"), ranks, fsync=False, **options)
