@@ -338,9 +338,10 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(gpu, "_has_triton", lambda device: True)
     monkeypatch.delenv(gpu.SWITCH, raising=False)
-    assert not gpu.supports(Input())  # until a real GPU has shown that they are right
-    monkeypatch.setenv(gpu.SWITCH, "on")
     assert gpu.supports(Input())
+    monkeypatch.setenv(gpu.SWITCH, "off")
+    assert not gpu.supports(Input())
+    monkeypatch.setenv(gpu.SWITCH, "on")
     Input.dtype = torch.float64
     assert not gpu.supports(Input())
     Input.dtype = torch.float32

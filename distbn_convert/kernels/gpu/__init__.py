@@ -4,11 +4,10 @@ A share is V times smaller than the batch, so that it fits in registers, or at l
 where the whole batch's does not. See :mod:`.rule` for which kernel runs and :mod:`.tiles` for
 what they share. Triton is imported at the first CUDA tensor.
 
-Off until they have been tested and measured on a real GPU: ``DISTBN_GPU_KERNEL=on`` in the
-environment switches them on, otherwise CUDA tensors are :mod:`..native`'s.
-
-So is ``float64``, and everything on a GPU that Triton's kernels were not compiled for (compute
-capability below 8.0, or not NVIDIA's); an empty batch is :mod:`..reference`'s.
+``DISTBN_GPU_KERNEL=off`` in the environment switches them off: then CUDA tensors are
+:mod:`..native`'s. So is ``float64``, and everything on a GPU that Triton's kernels were not
+compiled for (compute capability below 8.0, or not NVIDIA's); an empty batch is
+:mod:`..reference`'s.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def supports(input: Tensor) -> bool:
     """Say whether this backend takes ``input``."""
-    if not input.is_cuda or os.environ.get(SWITCH, "off").lower() != "on":
+    if not input.is_cuda or os.environ.get(SWITCH, "").lower() == "off":
         return False
     return input.dtype in _DTYPES and _has_triton(input.device)
 

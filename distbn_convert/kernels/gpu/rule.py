@@ -9,11 +9,8 @@ programs do not wait (``"loop"``, ``"split"``), or in one launch whose programs 
 held in the registers of several (``"cooperative"``), read once, or, in channels_last, gathered and
 applied some slabs later (``"ticketed"``), the second time from L2. By bytes the latter two win:
 forward and backward move 2 and 3 tensors, where the others move up to 3 and 5, on half to three
-quarters of ResNet-50's bytes. ``ENABLED`` says which of the two may be chosen. They have not run on
-a device yet, and a mistake in them could hang or be seen once in a million steps; what speaks for
-them all the same is that the whole backend stays off until a device has run its tests
-(:mod:`..gpu`), among them a thousand repeats of these kernels, and that the others cannot reach the
-bytes' floor at all. ``scripts/gpu_bench.py`` times all.
+quarters of ResNet-50's bytes. ``ENABLED`` says which of the two may be chosen.
+``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
