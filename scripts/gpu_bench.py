@@ -50,8 +50,10 @@ LAYERS = RESNET50
 COPIED = 2**30
 # Bytes written before each call, so that it finds nothing in L2.
 CLEARED = 256 * 2**20
-# Some half a millisecond, in which the host gets ahead of the device.
+# Some half a millisecond at least, in which the host gets ahead of the device; else twice the time
+# in which it asked for the call before, at 2 GHz.
 SLEPT_CYCLES = 1_000_000
+CYCLES_PER_SECOND = 4_000_000_000
 REPEATS = 30
 # Times of a layer, and which kernels that wait may be chosen for each.
 ENABLED = {
@@ -71,18 +73,21 @@ def median_ms(function: Callable[[], Any]) -> float:
     """
     cleared = torch.empty(CLEARED, dtype=torch.int8, device=DEVICE)
     for _ in range(3):  # compiles, and fills the allocator
+        start = time.perf_counter()
         function()
+        asked = time.perf_counter() - start
+    cycles = max(SLEPT_CYCLES, int(asked * CYCLES_PER_SECOND))
     events = []
     for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cleared.zero_()
-        torch.cuda._sleep(SLEPT_CYCLES)
-        start.record()
+        torch.cuda._sleep(cycles)
+        begin.record()
         function()
         end.record()
-        events.append((start, end))
+        events.append((begin, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
 def copy_ms(nbytes: int) -> float:

@@ -108,7 +108,7 @@ def programs_of(code: Code, choice: Choice, share: Share) -> list[Program]:
     """What the programs of a launch execute, loops unrolled."""
     slabs = share.slabs(choice.channels)
     pieces = slabs * choice.splits
-    turns = -(-(choice.size or share.values) // choice.rows)
+    turns = -(-(choice.size or share.values) // choice.rows) if choice.kind != "planes" else 1
     if choice.kind != "ticketed":
         return [Program(code.part(0, math.inf, turns), pieces)]
     # Gathering: up to the arrival, and for the last to arrive, up to the announcement.
@@ -195,7 +195,7 @@ def predict(bar: Bar, channels: int, side: int) -> Row:
 def tensors(choice: Choice, backward: bool) -> tuple[int, int]:
     """Tensors moved to and from memory, and in all, with what L2 has."""
     once, twice = (3, 5) if backward else (2, 3)
-    if choice.kind in ("resident", "cooperative"):
+    if choice.kind in ("resident", "planes", "cooperative"):
         return once, once
     return (twice, twice) if choice.kind == "split" else (once, twice)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -104,26 +105,36 @@ def everything() -> Iterator[Callable[[], None]]:
                 yield partial(run_batch, shape, 8, last, dtype, (False, False, relu), enabled)
 
 
-def main(part: int | None = None, parts: int = 1) -> None:
-    driver.set_active(AbsentDevice())
+@contextmanager
+def nothing_launched() -> Iterator[list[str]]:
+    """Compile what would be launched; yield the kernels' names, of every call."""
     run, compiled = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled.append(self.fn.__name__)
         return run(self, *args, **kwargs | {"warmup": True})
 
-    JITFunction.run = compile_only
-    if part is None:
-        for kind, case in product(KINDS, (CASES[1], CASES[5], CASES[10], *CASES[13:16])):
-            run_case(kind, case)
-        print(*sorted(set(compiled)))
-        return
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         AbsentDevice.capability = 10 * major + minor
-    for job in list(everything())[part::parts]:
-        job()
-    print(len(compiled), "calls compiled")
+    driver.set_active(AbsentDevice())
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def main(part: int | None = None, parts: int = 1) -> None:
+    with nothing_launched() as compiled:
+        if part is None:
+            for kind, case in product(KINDS, (CASES[1], CASES[5], CASES[10], *CASES[13:16])):
+                run_case(kind, case)
+            print(*sorted(set(compiled)))
+            return
+        for job in list(everything())[part::parts]:
+            job()
+        print(len(compiled), "calls compiled")
 
 
 if __name__ == "__main__":

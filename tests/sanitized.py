@@ -11,12 +11,16 @@ from .kernel_cases import CASES, KINDS, Case, compute, force, make
 
 # Some of each layout, dtype, partition and epilogue: every launch is slow under a sanitizer.
 SOME = [CASES[place] for place in (1, 3, 5, 9, 13, 15, 16)]
-# The rule's own choice, with programs enough to wait for each other.
-WAITING = Case((32, 64, 28, 28), 4, channels_last=True, dtype=torch.bfloat16, relu=True)
+# The rule's own choices, with programs enough to wait for each other: cooperative, ticketed.
+WAITING = [
+    Case((12, 8, 112, 112), 4, dtype=torch.bfloat16, relu=True),
+    Case((16, 1024, 24, 24), 4, channels_last=True, dtype=torch.bfloat16, relu=True),
+]
 NARROW = launch._NARROW
 
 if __name__ == "__main__":
-    compute(gpu, WAITING, make(WAITING, torch.Tensor.cuda))
+    for case in WAITING:
+        compute(gpu, case, make(case, torch.Tensor.cuda))
     for kind in KINDS:
         launch.select_kernel = force(kind)
         for case in SOME:

@@ -187,7 +187,7 @@ def test_predictions_are_of_the_kernels_as_they_are(scripts: None) -> None:
         pytest.skip(f"predicted with Triton {kept[0]['triton']}, this is {triton.__version__}")
     bars = {bar[:3]: bar for bar in table.BARS}
     first = {row["kernel"]: row for row in kept}
-    assert first.keys() == {"resident", "cooperative", "loop", "split", "ticketed"}
+    assert first.keys() == {"resident", "planes", "cooperative", "loop", "split", "ticketed"}
     for row in first.values():
         bar = bars[row["dtype"], row["layout"], row["pass"]]
         again = predict.predict(bar, int(row["channels"]), int(row["side"]))

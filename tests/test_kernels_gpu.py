@@ -54,13 +54,17 @@ def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
         "cooperative_forward",
         "loop_backward",
         "loop_forward",
+        "merge_gradients",
         "merge_moments",
+        "planes_backward",
+        "planes_forward",
         "resident_backward",
         "resident_forward",
         "split_backward",
         "split_forward",
         "split_gradients",
         "split_moments",
+        "sum_ranks",
         "ticketed_backward",
         "ticketed_forward",
     ]
@@ -125,12 +129,12 @@ def test_programs_that_wait_for_others_acquire_and_release(backward: bool) -> No
     from distbn_convert.kernels.gpu import cooperative, ticketed
 
     kernels = ticketed.ticketed_forward, ticketed.ticketed_backward
-    order = order_of_memory(kernels[backward], share(256, 3136, 2, True), backward)
+    order = order_of_memory(kernels[backward], share(1024, 196, 2, True), backward)
     # The last to arrive, whose L1 is emptied, merges, and announces the slab's statistics.
     assert re.search(ARRIVAL + r"CCTL.IVALL BAR.SYNC LDG.* " + ARRIVAL, order), order
     assert re.search(WAIT + r" STG", order), order
     kernels = cooperative.cooperative_forward, cooperative.cooperative_backward
-    order = order_of_memory(kernels[backward], share(256, 3136, 2, False), backward)
+    order = order_of_memory(kernels[backward], share(64, 12544, 2, False), backward)
     assert re.search(ARRIVAL + r".*" + WAIT + r".* STG", order), order
 
 
@@ -162,23 +166,29 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
         ("interleaved, no affine, cumulative average", False),
         ("interleaved, no affine, cumulative average", True),
         ("64-bit offsets, no statistics", False),
+        ("odd sizes, half parameters", False),
         ("odd sizes, half parameters", True),
     ],
 )
 def test_every_variant_of_every_kernel_compiles(variant: str, last: bool) -> None:
-    from distbn_convert.kernels.gpu.split import merge_moments
+    from distbn_convert.kernels.gpu.split import merge_gradients, merge_moments
 
     changes, types = VARIANTS[variant]
     described = share(64, 256, 2, last)._replace(**changes)
     assert described.wide() == variant.startswith("64-bit")
     for kind in KINDS:
         cut = Choice(kind, 256, 8 if last else 1, 1, 128, 256, 2)
+        if kind == "planes":
+            if last:
+                continue
+            cut = Choice(kind, 2, 2, 16)
         constants = described.constants(cut, relu=True)
         for backward in (False, True):
             for kernel in kernels_of(kind, backward):
                 compile_kernel(kernel, 2, constants, 90, **types)
-    merging = described.merging(cut)
-    assert compile_kernel(merge_moments, 2, merging, 90, **types).stack == 0
+    merging = described.merging(Choice("split", 256, 8, 1, 128, 256))
+    for kernel in (merge_moments, merge_gradients):
+        assert compile_kernel(kernel, 2, merging, 90, **types).stack == 0
 
 
 def choose(channels: int, positions: int, **changes: Any) -> Choice:
@@ -189,6 +199,7 @@ def choose(channels: int, positions: int, **changes: Any) -> Choice:
         "itemsize": 2,
         "vector": 8,
         "channels": channels,
+        "samples": 32,
         "values": 32 * positions,
         "vt_world_size": 8,
     }
@@ -198,28 +209,34 @@ def choose(channels: int, positions: int, **changes: Any) -> Choice:
 @pytest.mark.parametrize(
     ("layer", "changes", "kind"),
     [
-        ((2048, 49), {"vector": 1}, "resident"),
+        ((2048, 49), {"vector": 1}, "planes"),
+        ((2048, 49), {"vector": 1, "samples": 33, "values": 33 * 49}, "resident"),
+        ((2048, 729), {"vector": 1}, "loop"),
         ((1024, 196), {}, "resident"),
-        ((512, 784), {}, "cooperative"),
-        ((512, 784), {"backward": True}, "cooperative"),
-        ((512, 784), {"vector": 1}, "cooperative"),
-        ((256, 3136), {}, "cooperative"),
+        ((512, 784), {}, "resident"),
+        ((512, 784), {"backward": True}, "loop"),
+        ((512, 784), {"backward": True, "itemsize": 4, "vector": 4}, "loop"),
+        ((512, 784), {"vector": 1}, "loop"),
+        ((256, 3136), {}, "loop"),
+        ((256, 3136), {"backward": True}, "loop"),
+        ((256, 3136), {"itemsize": 4, "vector": 4}, "cooperative"),
+        ((16, 3136), {}, "cooperative"),
         ((64, 12544), {}, "cooperative"),
-        ((64, 12544), {"backward": True}, "ticketed"),
+        ((64, 12544), {"backward": True}, "cooperative"),
         ((64, 12544), {"multiprocessors": 14}, "ticketed"),
         ((64, 12544), {"itemsize": 4, "vector": 4}, "cooperative"),
-        ((64, 12544), {"itemsize": 4, "vector": 4, "residual": True}, "ticketed"),
-        ((64, 12544), {"itemsize": 4, "vector": 4, "backward": True}, "ticketed"),
+        ((64, 12544), {"itemsize": 4, "vector": 4, "residual": True}, "cooperative"),
+        ((64, 12544), {"itemsize": 4, "vector": 4, "backward": True}, "cooperative"),
         ((16, 12544), {}, "cooperative"),
-        ((256, 3136), {"vt_world_size": 1, "values": 256 * 3136}, "ticketed"),
-        ((256, 3136), {"vt_world_size": 1, "values": 2**25}, "loop"),
-        ((16, 3136), {"vt_world_size": 1, "values": 2**25}, "split"),
-        ((2048, 49), {"channels_last": True}, "resident"),
+        ((256, 3136), {"vt_world_size": 1, "samples": 256, "values": 256 * 3136}, "ticketed"),
+        ((256, 3136), {"vt_world_size": 1, "values": 2**25}, "split"),
+        ((2048, 49), {"channels_last": True}, "loop"),
         ((2048, 49), {"channels_last": True, "backward": True}, "loop"),
+        ((256, 49), {"channels_last": True}, "split"),
         ((1024, 196), {"channels_last": True}, "ticketed"),
-        ((256, 3136), {"channels_last": True}, "ticketed"),
-        ((256, 3136), {"channels_last": True, "backward": True}, "ticketed"),
-        ((256, 3136), {"channels_last": True, "vt_world_size": 1, "values": 256 * 3136}, "split"),
+        ((256, 196), {"channels_last": True}, "split"),
+        ((256, 3136), {"channels_last": True}, "split"),
+        ((256, 3136), {"channels_last": True, "backward": True}, "split"),
         ((64, 12544), {"channels_last": True}, "split"),
         ((512, 1), {"channels_last": True}, "resident"),
     ],
@@ -243,21 +260,27 @@ def test_kernels_that_wait_can_be_left_out(
         for last in (False, True)
     }
     assert kinds & rule.WAITING == enabled
-    assert choose(256, 3136).kind == ("".join(enabled) or "loop")
+    kind = "cooperative" if "cooperative" in enabled else "".join(enabled) or "split"
+    assert choose(64, 12544).kind == kind
 
 
 def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
     for multiprocessors, most in ((4, 0), (8, 2), (14, 2), (72, 13), (108, 25), (132, 25)):
         pieces = [0]
-        for values in (16384, 25088, 100352, 401408, 802816):
-            for backward in (False, True):
-                choice = choose(
-                    64, 1, values=values, backward=backward, multiprocessors=multiprocessors
-                )
-                if choice.kind == "cooperative":
-                    pieces.append(choice.splits)
-                    assert 4 * choice.splits <= multiprocessors
-                    assert choice.registers * choice.warps * 32 * 2 <= 65536  # two on each
+        for values, backward, itemsize in itertools.product(
+            (25088, 50176, 100352, 401408, 802816), (False, True), (2, 4)
+        ):
+            choice = choose(
+                1,
+                1,
+                values=values,
+                backward=backward,
+                itemsize=itemsize,
+                multiprocessors=multiprocessors,
+            )
+            if choice.kind == "cooperative":
+                pieces.append(choice.splits)
+                assert 4 * choice.splits <= multiprocessors
         assert max(pieces) == most
 
 
@@ -276,6 +299,7 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                     itemsize=itemsize,
                     vector=1,
                     channels=channels,
+                    samples=1,
                     values=values,
                     vt_world_size=ranks,
                 )
@@ -285,9 +309,11 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                 assert choice.rows * choice.channels <= 2**17
                 assert choice.warps <= 32
                 assert choice.splits <= 128
-                covered = {"resident": choice.rows, "loop": values}.get(
-                    choice.kind, choice.splits * choice.size
-                )
+                covered = {
+                    "resident": choice.rows,
+                    "planes": choice.rows * values,
+                    "loop": values,
+                }.get(choice.kind, choice.splits * choice.size)
                 assert covered >= values
                 if choice.kind == "cooperative":
                     assert choice.size <= choice.rows

@@ -39,16 +39,18 @@ pytestmark = [
 ]
 # Times the tolerance on a CPU: a definition whose sums on a device are nearly exact allows little,
 # and for SHAPES our kernels need up to 3 roundings (on the emulated device), torch's own 17 times
-# that tolerance (on a CPU). Of contiguous 16-bit inputs torch's kernels round each product
-# ``dy * (x - mean)`` before they sum them, on a device alone.
+# that tolerance (on a CPU). Of contiguous 16-bit inputs torch's CUDA kernel passes partial sums of
+# the backward from thread to thread in 16 bits.
 OURS, TORCHS = 3, 50
 # Shapes for which the rule takes each kernel in one of the passes or layouts.
 SHAPES = [
     ((64, 32, 14, 14), 8),
     ((61, 33, 7, 7), 8),
-    ((64, 64, 56, 56), 8),
+    ((64, 64, 56, 56), 2),
     ((16, 64, 112, 112), 4),
+    ((32, 512, 24, 24), 8),
     ((12, 8, 112, 112), 4),
+    ((64, 64, 56, 56), 8),
     ((64, 512), 8),
     ((30, 24, 5, 6, 7), 4),
 ]
@@ -84,7 +86,7 @@ def test_torchs_batch_norm_agrees_with_the_definition(
     case: Case, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(native._LARGE, "cuda", large)
-    check(case, make(case, cuda), native, TORCHS, rounds_products=True)
+    check(case, make(case, cuda), native, TORCHS, rounds_sums=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
@@ -96,7 +98,7 @@ def test_torchs_batch_norm_agrees_with_the_definition_on_large_maps(
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for relu in (False, True):
             case = Case((32, 64, 28, 28), 8, channels_last=channels_last, dtype=dtype, relu=relu)
-            check(case, make(case, cuda), native, TORCHS, rounds_products=True)
+            check(case, make(case, cuda), native, TORCHS, rounds_sums=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -203,7 +205,7 @@ def test_a_thousand_repeats_are_the_same_bits(
     ("kind", "shape", "channels_last"),
     [
         ("cooperative", (64, 64, 56, 56), False),
-        ("ticketed", (64, 128, 28, 28), True),
+        ("ticketed", (64, 1024, 18, 18), True),
         ("ticketed", (64, 64, 56, 56), False),
     ],
     ids=str,
@@ -216,7 +218,8 @@ def test_a_thousand_repeats_of_programs_that_wait_are_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rule, "ENABLED", frozenset({kind}))
-    case = Case(shape, 8, channels_last=channels_last, dtype=torch.bfloat16, momentum=0.0)
+    ranks = 8 if channels_last else 2
+    case = Case(shape, ranks, channels_last=channels_last, dtype=torch.bfloat16, momentum=0.0)
     assert {choose(case, backward) for backward in (False, True)} == {kind}
     assert repeat(replace(case, **settings)) == 0
 

@@ -108,6 +108,8 @@ def arithmetic(
     error = _ERROR if _APPROXIMATE & set(modifiers) else None
     *how, dtype = (each for each in modifiers if each not in {"rn"} | _APPROXIMATE)
     target, *sources = operands
+    if kind == "setp" and dtype == "f16x2":
+        return _compare_pairs(_COMPARE[how[0]], target, sources)
     if kind == "setp":
         assert len(how) == 1, f"setp.{'.'.join(how)} is not known"
         compare = _COMPARE[how[0]]
@@ -166,9 +168,39 @@ def _function(kind: str, how: list[str], dtype: str) -> tuple[Any, list[str], st
         to, bits = TYPES[_WIDER[dtype]], TYPES[dtype].itemsize * 8
         high = to.type(bits)
         return lambda a, b: (a.astype(to) * b.astype(to)) >> high, [dtype] * 2, dtype
+    if kind == "prmt":
+        return _permute, ["u32"] * 3, "u32"
     if kind == "bfe" and dtype in ("u32", "s32"):
         return _extract, [dtype, "u32", "u32"], dtype
     raise NotImplementedError(f"{kind}.{'.'.join([*how, dtype])}")
+
+
+def _permute(low: Array, high: Array, selectors: Array) -> Array:
+    """Choose four of eight bytes; a selector's highest bit asks for the byte's sign instead."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(both.shape, np.uint32)
+    for place in range(0, 32, 8):
+        selector = selectors >> np.uint32(place // 2)
+        byte = both >> (np.uint64(8) * (selector & np.uint32(7)).astype(np.uint64))
+        byte = (byte & np.uint64(0xFF)).astype(np.uint32)
+        sign = np.where(byte >> np.uint32(7) == 1, np.uint32(0xFF), np.uint32(0))
+        chosen = np.where(selector & np.uint32(8), sign, byte)
+        result |= chosen << np.uint32(place)
+    return result
+
+
+def _compare_pairs(
+    compare: Callable[[Array, Array], Array], target: str, sources: list[Any]
+) -> tuple[Compute, list[Writer]]:
+    """``setp`` of two halves of a register each, the lower into the first predicate."""
+    readers = [reader(source, "b32") for source in sources]
+
+    def both(state: Any) -> tuple[Array, ...]:
+        pairs = (np.broadcast_to(read(state), state.threads) for read in readers)
+        a, b = (np.ascontiguousarray(pair).view("f2").reshape(-1, 2) for pair in pairs)
+        return tuple(compare(a, b).T)
+
+    return both, [writer(predicate, "pred") for predicate in target.split("|")]
 
 
 def _pack(operands: list[Any]) -> tuple[Compute, list[Writer]]:

@@ -100,7 +100,9 @@ def bits_of(value: Array, kind: str) -> Array:
 
 
 def writer(register: str, kind: str) -> Writer:
-    """Return what writes numbers of that type to a register, where a mask says so."""
+    """Return what writes numbers of that type to a register, where a mask says so; to _ none."""
+    if register == "_":
+        return lambda state, value, mask: None
     dtype = np.dtype(dtype_of(register))
 
     def write(state: Any, value: Array, mask: Array | None) -> None:

@@ -10,9 +10,9 @@ Why no program waits forever: tickets are dealt slab by slab, and taken by progr
 ``k`` be the first slab with a piece not yet taken: the pieces of those before it are all held by
 programs that run, so that those finish, and none of those behind it is taken. So at most
 ``splits - 1`` programs wait for one that does not run, and it starts as soon as the device has room
-for ``splits`` at once. The rule keeps ``splits`` to a quarter of the multiprocessors, and two
-programs fit on each, so that those that wait never fill the device, unless more than eight such
-launches run at once, each on a stream of its own.
+for ``splits`` at once. The rule keeps ``splits`` to a quarter of the multiprocessors, so that those
+that wait never fill the device, unless more than four such launches run at once, each on a stream
+of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .held import differentiate_tile, load_gradients, load_moments, normalize_tile
+from .held import (
+    differentiate_tile,
+    keep_packed,
+    load_gradients,
+    load_moments,
+    normalize_tile,
+)
 from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
 from .tiles import (
     corrections,
@@ -51,14 +57,15 @@ def take_piece(sync, splits):
 def exchange(partials, first, second, sync, slab, splits, split, begin, stop, block):
     """Store this piece's results, wait for all others'; return ``begin`` and ``stop`` unchanged.
 
-    To the compiler they may have changed, so that it computes offsets and masks again, where it
-    would keep them in registers beside the tile: one more program fits on a multiprocessor.
+    And a zero. To the compiler they may have changed, so that it computes offsets and masks again,
+    where it would keep them in registers beside the tile: one more program fits on a
+    multiprocessor.
     """
     store_partials(partials, first, second, split, block)
     counter = counter_of(sync, slab)
     announce(counter)
     zero = await_count(counter, splits) >> 30
-    return begin + zero, stop + zero
+    return begin + zero, stop + zero, zero
 
 
 @triton.jit
@@ -95,7 +102,8 @@ def cooperative_forward(
     begin, stop = piece_of(split, size, block)
     parameters = load_parameters(weight, bias, block)
     tile, mean, m2 = load_moments(x, begin, stop, block, TILE)
-    begin, stop = exchange(partials, mean, m2, sync, slab, splits, split, begin, stop, block)
+    begin, stop, zero = exchange(partials, mean, m2, sync, slab, splits, split, begin, stop, block)
+    tile = keep_packed(tile, zero)
     mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
     rstd = rstd_of(detach(m2), block, statistics)
     affine = make_affine(parameters, detach(mean), rstd)
@@ -141,9 +149,10 @@ def cooperative_backward(
         x, dy, output, grad_residual, affine, begin, stop, block, TILE
     )
     sum_dy_x *= rstd
-    begin, stop = exchange(
+    begin, stop, zero = exchange(
         partials, sum_dy, sum_dy_x, sync, slab, splits, split, begin, stop, block
     )
+    tile, grad = keep_packed(tile, zero), keep_packed(grad, zero)
     sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
     if split == 0:
         store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)

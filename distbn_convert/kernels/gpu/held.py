@@ -10,30 +10,66 @@ what a thread has added up of adjacent values, not to each.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
-from .tiles import lane_offset, place, reciprocal, rectify, row_offset, transform
+from .tiles import differentiate, place, reciprocal, rectify, sum_products, transform
 
-__all__ = ["differentiate_tile", "load_gradients", "load_moments", "normalize_tile"]
+__all__ = [
+    "correct",
+    "differentiate_tile",
+    "keep_packed",
+    "load_gradients",
+    "load_moments",
+    "normalize_tile",
+]
+
+
+# Triton's interpreter has no inline assembly.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def load_moments(x, begin, stop, block, TILE: tl.constexpr):
     """Return the tile, its mean and its sum of squared deviations, by an exact two-pass."""
-    x += block.start
     offsets, mask = place(begin, stop, block, TILE)
-    # Sums around the first value, so that a large mean costs no digits. Asked for before the tile,
-    # it takes fewer registers.
-    first = x + row_offset(begin, block, TILE) + lane_offset(block, TILE)
-    seen = block.lanes < tl.where(begin < stop, block.channels, 0)
-    pivot = tl.load(first, mask=seen, other=0.0).to(tl.float32)
-    tile = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    tile = tl.load(x + block.start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     part = reciprocal(tl.maximum(stop - begin, 1).to(tl.float32))
-    deviation = tl.where(mask, tile.to(tl.float32) - pivot[None, :], 0.0)
-    mean = pivot + tl.sum(deviation, 0) * part
-    deviation = tile.to(tl.float32) - mean[None, :]
-    return tile, mean, tl.sum(tl.where(mask, deviation * deviation, 0.0), 0)
+    total = tl.sum(tile.to(tl.float32), 0)
+    # Rounded by name: what it is subtracted from must not be fused with the product.
+    mean = tl.fma(total, part, tl.zeros_like(total))
+    tile = keep_packed(tile, stop >> 30)
+    deviation = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
+    m2 = sum_products(deviation, deviation, TILE)
+    if tile.dtype == tl.float32:
+        mean, m2 = correct(mean, m2, tl.sum(deviation, 0), stop - begin)
+    return tile, mean, m2
+
+
+@triton.jit
+def correct(mean, m2, rest, count):
+    """Return the moments, with what the sum of values of a large mean has lost: ``rest``, the sum
+    of their deviations. Values of 16 bits have lost as much before they were summed.
+    """
+    shift = rest * reciprocal(tl.maximum(count, 1).to(tl.float32))
+    return mean + shift, tl.maximum(m2 - rest * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def keep_packed(tile, zero):
+    """Return a tile unchanged, of which the compiler does not know that it is the same.
+
+    It would widen 16-bit values once and keep them so, in twice the registers, from one use to the
+    next. ``zero`` is a scalar that is, though the compiler cannot know.
+    """
+    if tile.dtype.primitive_bitwidth == 16 and not _INTERPRETED:
+        zeros = tl.zeros(tile.shape, tl.int16) + zero.to(tl.int16)
+        tile = tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [tile, zeros], dtype=tile.dtype, is_pure=True, pack=2
+        )
+    return tile
 
 
 @triton.jit
@@ -69,8 +105,7 @@ def load_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
         grad = rectify(grad, transform(tile, affine).to(tile.dtype))
     sum_dy = tl.sum(grad.to(tl.float32), 0)
     centred = tile.to(tl.float32) - affine.mean[None, :]
-    product = tl.where(mask, grad.to(tl.float32) * centred, 0.0)
-    return tile, grad, sum_dy, tl.sum(product, 0)
+    return tile, grad, sum_dy, sum_products(grad.to(tl.float32), centred, TILE)
 
 
 @triton.jit
@@ -79,7 +114,5 @@ def differentiate_tile(
 ):
     """Write ``(grad - mean_dy - (tile - mean) * slope) * scale``."""
     offsets, mask = place(begin, stop, block, TILE)
-    out = grad.to(tl.float32) - mean_dy[None, :]
-    centred = tile.to(tl.float32) - affine.mean[None, :]
-    out = (out - centred * slope[None, :]) * affine.scale[None, :]
+    out = differentiate(tile, grad, affine, mean_dy, slope)
     tl.store(dx + block.start + offsets, out.to(dx.dtype.element_ty), mask=mask)

@@ -14,9 +14,12 @@ from ..layout import arrange, arrange_like
 from . import rule
 from .cooperative import cooperative_backward, cooperative_forward
 from .loop import loop_backward, loop_forward
+from .pieces import sum_ranks
+from .planes import planes_backward, planes_forward
 from .resident import resident_backward, resident_forward
 from .rule import MULTIPROCESSORS, WAITING, Choice, select_kernel
 from .split import (
+    merge_gradients,
     merge_moments,
     split_backward,
     split_forward,
@@ -33,8 +36,12 @@ _VECTOR_BYTES = 16
 # Offsets of masked rows may pass the end of a share by a tile.
 _NARROW = 2**31 - 2**20
 _MERGE_CHANNELS = 32
+_SUMMED_CHANNELS = 64
+# A tile of more ranks would not fit a program's registers.
+_SUMMED_RANKS = 64
 # Kinds of one launch: forward and backward.
 _KERNELS = {
+    "planes": (planes_forward, planes_backward),
     "resident": (resident_forward, resident_backward),
     "cooperative": (cooperative_forward, cooperative_backward),
     "loop": (loop_forward, loop_backward),
@@ -67,6 +74,7 @@ class Share(NamedTuple):
             itemsize=self.itemsize,
             vector=self.vector(),
             channels=self.channels,
+            samples=-(-self.samples // self.vt_world_size),
             values=self.values,
             vt_world_size=self.vt_world_size,
             residual=residual,
@@ -103,16 +111,29 @@ class Share(NamedTuple):
 
     def constants(self, choice: Choice, relu: bool) -> dict[str, Any]:
         """What a kernel is compiled for."""
-        fast_axis = choice.channels if self.last else choice.rows
+        divides = self.interleaved or not self.last
+        lanes = 1
+        if choice.kind == "planes":
+            columns = _power_of_two(choice.channels * self.positions)
+            vector = math.gcd(choice.channels * self.positions, self.channels * self.positions)
+            vector = lanes = math.gcd(vector, _VECTOR_BYTES // self.itemsize)
+        else:
+            columns = 0
+            vector = min(self.vector(), choice.channels if self.last else choice.rows)
+            if self.last:
+                lanes = vector
+        size = choice.rows * (columns or choice.channels)
         tile = make_tile(
             choice.rows,
             choice.channels,
-            vector=min(self.vector(), fast_axis),
-            divisor=self.positions if self.interleaved or not self.last else 0,
+            vector=vector,
+            divisor=self.positions if divides else 0,
             last=self.last,
             interleaved=self.interleaved,
             wide=self.wide(),
             relu=relu,
+            dense=size >= 64 * choice.warps * lanes,
+            columns=columns,
         )
         constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
         if choice.kind in WAITING:
@@ -122,8 +143,8 @@ class Share(NamedTuple):
         return constants
 
     def merging(self, choice: Choice) -> dict[str, Any]:
-        """What the kernel that merges the pieces of a split is compiled for."""
-        tile = make_tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False)
+        """What the kernels that merge the pieces of a split are compiled for."""
+        tile = make_tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False, False)
         constants = {"TILE": tile, "num_warps": 4, "enable_fp_fusion": True}
         return {"SPLITS": _power_of_two(choice.splits), **constants}
 
@@ -220,8 +241,8 @@ def backward(
     """Run the backward of a non-empty batch.
 
     Returns:
-        the gradient of the input, ``Tensor[2, V, C]``: each rank's share of the gradients of
-        bias and weight, and the masked ``grad_output`` if ``output`` is given.
+        the gradient of the input, ``Tensor[2, C]``: those of bias and weight, and the masked
+        ``grad_output`` if ``output`` is given.
     """
     x, last = arrange(input)
     dy = arrange_like(x, grad_output, last)
@@ -235,18 +256,34 @@ def backward(
     plan = _plan(share, True, out is not None, relu, select_kernel, rule.ENABLED)
     choice, grid, options = plan
     rows = *affine, mean, rstd
+    sums = mean.new_empty((2, *mean.shape))
     with _on(input):
         if choice.kind == "split":
             partials = mean.new_empty((choice.splits, 2, *mean.shape))
             split_gradients[grid](x, dy, out, masked, *rows, partials, **options)
-            sums = partials.sum(0)
+            merging = share.scalars(choice) | share.merging(choice)
+            del merging["size"]
+            merge_gradients[(share.slabs(_MERGE_CHANNELS),)](
+                partials, *sums.unbind(), choice.splits, **merging
+            )
             rest = dy if masked is None else masked
             split_backward[grid](x, rest, dx, *rows, *sums.unbind(), **options)
         else:
-            sums = mean.new_empty((2, *mean.shape))
             tensors = x, dy, out, dx, masked, *rows, *sums.unbind(), *_shared(mean, share, choice)
             _KERNELS[choice.kind][1][grid](*tensors, **options)
-    return dx, sums, masked
+        return dx, _sum_ranks(sums), masked
+
+
+def _sum_ranks(shares: Tensor) -> Tensor:
+    """Sum ``Tensor[2, V, C]`` over V."""
+    _, ranks, channels = shares.shape
+    if ranks > _SUMMED_RANKS:
+        return shares.sum(1)
+    sums = shares.new_empty((2, channels))
+    blocks = -(-channels // _SUMMED_CHANNELS)
+    constants = {"RANKS": _power_of_two(ranks), "CHANNELS": _SUMMED_CHANNELS, "num_warps": 2}
+    sum_ranks[(blocks, 2)](shares, sums, channels, ranks, **constants, enable_fp_fusion=True)
+    return sums
 
 
 def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:

@@ -48,7 +48,7 @@ def loop_forward(
     rstd = rstd_of(m2, block, statistics)
     finish(mean, m2, rstd, running, block, statistics)
     affine = make_affine(parameters, mean, rstd)
-    normalize_rows(x, y, residual, affine, 0, block.total, block, TILE)
+    normalize_rows(x, y, residual, affine, 0, block.total, block, TILE, ".cs")
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size"])
@@ -85,4 +85,4 @@ def loop_backward(
         # What is read below may have been written by another thread of this program.
         tl.debug_barrier()
         dy = grad_residual
-    differentiate_rows(x, dy, dx, affine, mean_dy, slope, 0, block.total, block, TILE)
+    differentiate_rows(x, dy, dx, affine, mean_dy, slope, 0, block.total, block, TILE, ".cs")

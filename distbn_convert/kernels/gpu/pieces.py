@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .tiles import merge_lanes
 
-__all__ = ["merge_pieces", "piece_of", "store_partials", "sum_pieces"]
+__all__ = ["merge_pieces", "piece_of", "store_partials", "sum_pieces", "sum_ranks"]
 
 
 @triton.jit
@@ -59,3 +59,22 @@ def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
     """Return both sums of a share, its pieces in a fixed order."""
     first = tl.sum(load_partials(partials, 0, splits, block, SPLITS), 0)
     return first, tl.sum(load_partials(partials, 1, splits, block, SPLITS), 0)
+
+
+@triton.jit(do_not_specialize=["vt_world_size"])
+def sum_ranks(
+    shares,  # [2, V, C] float32
+    sums,  # [2, C] float32
+    channels,
+    vt_world_size,
+    RANKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Sum each rank's shares of dbias and dweight, in a fixed order."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    lanes, ranks = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANKS)
+    valid = lanes < channels
+    cells = (which * vt_world_size + ranks[:, None]) * channels + lanes[None, :]
+    mask = (ranks < vt_world_size)[:, None] & valid[None, :]
+    share = tl.load(shares + cells, mask=mask, other=0.0)
+    tl.store(sums + which * channels + lanes, tl.sum(share, 0), mask=valid)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .held import differentiate_tile, load_gradients, load_moments, normalize_tile
+from .held import differentiate_tile, keep_packed, load_gradients, load_moments, normalize_tile
 from .tiles import (
     corrections,
     finish,
@@ -52,6 +52,7 @@ def resident_forward(
     if TILE.LAST:
         parameters = load_parameters(weight, bias, block)
     affine = make_affine(parameters, mean, rstd)
+    tile = keep_packed(tile, channels >> 30)
     normalize_tile(tile, y, residual, affine, 0, block.total, block, TILE)
 
 
@@ -85,4 +86,7 @@ def resident_backward(
     sum_dy_x *= rstd
     store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
     mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
-    differentiate_tile(tile, grad, dx, affine, mean_dy, slope, 0, block.total, block, TILE)
+    # So that offsets and masks need not be kept beside the tile either.
+    zero = channels >> 30
+    tile, grad, stop = keep_packed(tile, zero), keep_packed(grad, zero), block.total + zero
+    differentiate_tile(tile, grad, dx, affine, mean_dy, slope, zero, stop, block, TILE)

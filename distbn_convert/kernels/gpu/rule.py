@@ -1,16 +1,14 @@
 """Which kernel runs, with which tile: a static rule, so that nothing is tuned at run time.
 
 Tuning at run time would repeat the update of the running statistics, stall the first steps and
-break CUDA-graph capture. The limits below come from compiling for sm_90 (registers, no spills);
-the byte limits are estimates for a GPU with 132 multiprocessors and 50 MB of L2.
+break CUDA-graph capture. Kinds and tiles are what was fastest on an H100 among some two thousand
+that were timed over ResNet-50's layers; registers come from compiling for sm_90 (no spills).
 
-Shares that do not fit in one program's registers can be read twice or thrice in kernels whose
-programs do not wait (``"loop"``, ``"split"``), or in one launch whose programs wait for others:
-held in the registers of several (``"cooperative"``), read once, or, in channels_last, gathered and
-applied some slabs later (``"ticketed"``), the second time from L2. By bytes the latter two win:
-forward and backward move 2 and 3 tensors, where the others move up to 3 and 5, on half to three
-quarters of ResNet-50's bytes. ``ENABLED`` says which of the two may be chosen.
-``scripts/gpu_bench.py`` times all.
+Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
+second time from L2), cut between programs in launches of their own (``"split"``), or read in one
+launch whose programs wait for others: once, held in the registers of several (``"cooperative"``),
+or gathered and applied some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says
+which of the latter two may be chosen. ``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
@@ -26,9 +24,10 @@ ENABLED = WAITING
 MULTIPROCESSORS = 132
 
 _MAX_WARPS = 16
-# A program that holds the values of twice these warps has a multiprocessor to itself, so that
-# nothing is moved there while it makes its sums.
-_HELD_WARPS = 8
+# Of programs that keep few registers a thread.
+_MANY_WARPS = 32
+# Values of a share up to which it is held, in channels_last.
+_HELD_ROWS = 512
 # Values of a cooperative piece, and of how many it takes larger ones.
 _PIECE_TILES = (4096, 8192, 16384)
 _FEW_PIECES = 16
@@ -38,25 +37,33 @@ _WAITING_PART = 4
 _ALIGNMENT = 32
 # Fewer programs than this leave multiprocessors idle, so that a share must be cut.
 _ENOUGH_PROGRAMS = 256
-# Shares that are live at once should stay in L2 for the second sweep of a loop (132 programs of
-# 32 warps, or 264 of 16), or between the two visits of a ticketed kernel.
-_L2_BYTES = 26_500_000
-# How many programs a launch that cuts shares aims at, and the most pieces that a merge holds.
-_SPLIT_PROGRAMS = 1056
+# Bytes of a share, by those of a value, which a loop finds in L2 again; values in channels_last.
+_LOOP_BYTES = {2: 420_000, 4: 300_000}
+_LOOP_ROWS = 2048
+# Values of a share up to which two loops fit on a multiprocessor.
+_SMALL_LOOP = 2**15
+# Between the two visits of a ticketed kernel: L2 also holds what is written.
+_L2_BYTES = 14_000_000
+# How many programs a launch that cuts shares aims at, how many pieces of a share in any case if
+# they have so many rows, and the most pieces that a merge holds.
+_SPLIT_PROGRAMS = 528
+_SPLITS, _PIECE_ROWS, _LARGE_ROWS = 33, 760, 8192
 _MAX_SPLITS = 128
-# Programs of 8 warps that a device holds at once: two or three on each multiprocessor.
-_LIVE_PROGRAMS = 396
-_MAX_DEPTH = 16
+# Programs of 4 warps that a ticketed kernel keeps busy.
+_LIVE_PROGRAMS = 792
+_MAX_DEPTH = 64
+_LEAST_DEPTH = 16
 # Fewer tiles than this in a piece do not pay for a ticket and an arrival.
-_LEAST_TILES = 4
+_LEAST_TILES = 2
 
 
 class Choice(NamedTuple):
     """A kernel and its tile.
 
     Args:
-        kind: ``"resident"``, ``"cooperative"``, ``"loop"``, ``"ticketed"`` or ``"split"``.
-        rows: values of a channel in one tile, a power of two.
+        kind: ``"resident"``, ``"planes"``, ``"cooperative"``, ``"loop"``, ``"ticketed"`` or
+            ``"split"``.
+        rows: values of a channel in one tile, a power of two; of ``"planes"`` samples.
         channels: channels in one tile, a power of two; 1 where channels are not adjacent.
         warps: warps of a program.
         splits: pieces of a share; 1 where it is not cut.
@@ -84,6 +91,7 @@ def select_kernel(
     itemsize: int,
     vector: int,
     channels: int,
+    samples: int,
     values: int,
     vt_world_size: int,
     residual: bool = False,
@@ -97,30 +105,109 @@ def select_kernel(
         itemsize: bytes of a value of the input.
         vector: adjacent values that a thread can move at once.
         channels: C.
-        values: values of one channel of the largest share, ``ceil(N / V) * S``.
+        samples: of the largest share, ``ceil(N / V)``.
+        values: of one channel of it, ``samples * S``.
         vt_world_size: number of virtual ranks V.
         residual: whether one was added before the ReLU, which takes registers. Default: False
         multiprocessors: of the device, for programs that wait. Default: 132
     """
-    rows = _power_of_two(values)
-    widths = _channel_widths(channels, itemsize) if channels_last else [1]
-    held = _resident_values(backward, residual, channels_last, itemsize, vector)
-    # Where others can take the larger shares, two programs or more fit on a multiprocessor.
-    warps = _HELD_WARPS if ENABLED and not channels_last else _MAX_WARPS
-    for width in widths:
-        if rows * width <= held * 32 * warps:
-            # What a program does once it does in every warp, so that few warps with many values
-            # take the fewest instructions. Values moved one by one take registers for addresses.
-            each = 32
-            if vector == 1:
-                each = 8 if backward else 64 // itemsize
-            return Choice("resident", rows, width, _resident_warps(rows * width // each))
-    loop = _loop(widths, values, itemsize, backward, channels_last, channels, vt_world_size)
-    ticketed = _ticketed(widths, values, itemsize, backward, channels, vt_world_size)
+    tensors = 2 if backward else 1
     if channels_last:
-        return loop or ticketed or _split(widths[0], values, itemsize, channels, vt_world_size)
-    cooperative = _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
-    return cooperative or ticketed or loop or _split(1, values, itemsize, channels, vt_world_size)
+        widths = _channel_widths(channels, itemsize)
+        return (
+            _resident_lanes(widths, values)
+            or _loop_lanes(widths, values, itemsize, backward, residual, channels, vt_world_size)
+            or _ticketed(widths[1:], values, itemsize, tensors, channels, vt_world_size)
+            or _split(widths, values, itemsize, channels, vt_world_size)
+        )
+    held = _held_values(backward, residual, itemsize, vector)
+    share = values * itemsize * tensors
+    return (
+        (_planes(samples, values // samples, backward, channels, itemsize) if vector == 1 else None)
+        or _resident(values, held, itemsize, vector, backward or residual)
+        or _loop(values, share, itemsize, backward and residual, channels, vt_world_size)
+        or _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
+        or _ticketed([1], values, itemsize, tensors, channels, vt_world_size)
+        or _split([1], values, itemsize, channels, vt_world_size)
+    )
+
+
+def _planes(
+    samples: int, positions: int, backward: bool, channels: int, itemsize: int
+) -> Choice | None:
+    """Choose whole channels, if their tile is not mostly empty, or none."""
+    width = min(itemsize, _power_of_two(channels))
+    rows, columns = _power_of_two(samples), _power_of_two(width * positions)
+    if rows * columns > 2 * samples * width * positions:
+        return None
+    warps = max(rows * columns // (32 * (32 if backward else 64)), 1)
+    return Choice("planes", rows, width, warps) if warps <= _MAX_WARPS else None
+
+
+def _resident(values: int, held: int, itemsize: int, vector: int, two: bool) -> Choice | None:
+    """Choose a program that holds a channel of a share, or none.
+
+    ``two`` is whether it moves two tensors at once.
+    """
+    rows = _power_of_two(values)
+    most = _MAX_WARPS
+    if vector == 1:
+        each = 8 if two else 64 // itemsize
+    elif itemsize == 4 and not two:
+        each, most = 32, _MANY_WARPS
+    else:
+        # What a program does once it does in every warp: few warps with many values take the
+        # fewest instructions, more of them wait for memory together.
+        each = held if rows > 32 * 32 * _MAX_WARPS else 32
+    warps = max(rows // (32 * each), 1)
+    if warps > most and rows <= 32 * held * most:
+        warps = most
+    return Choice("resident", rows, 1, warps) if warps <= most else None
+
+
+def _resident_lanes(widths: list[int], values: int) -> Choice | None:
+    """Choose a program that holds a block of channels of a share, or none."""
+    if values > _HELD_ROWS:
+        return None
+    rows = _power_of_two(values)
+    width = next(width for width in widths if rows * width <= 32 * 32 * _MAX_WARPS)
+    return Choice("resident", rows, width, min(max(rows * width // (32 * 32), 1), _MAX_WARPS))
+
+
+def _loop(
+    values: int, share: int, itemsize: int, four: bool, channels: int, vt_world_size: int
+) -> Choice | None:
+    """Choose a program for each share if those fill the device and stay in L2, or none.
+
+    ``four`` is whether it moves four tensors at once.
+    """
+    if channels * vt_world_size < _ENOUGH_PROGRAMS or share > _LOOP_BYTES[itemsize]:
+        return None
+    if itemsize == 2 and values <= _SMALL_LOOP:
+        return Choice("loop", _tile(_MAX_WARPS, 1, 8), 1, _MAX_WARPS)
+    each = 16 if itemsize == 2 and not four else 8
+    return Choice("loop", _tile(_MANY_WARPS, 1, each), 1, _MANY_WARPS)
+
+
+def _loop_lanes(
+    widths: list[int],
+    values: int,
+    itemsize: int,
+    backward: bool,
+    residual: bool,
+    channels: int,
+    vt_world_size: int,
+) -> Choice | None:
+    """Choose a program for each share of 128 bytes of channels, or of 64, or none."""
+    wide, narrow = widths[1:3]
+    slabs = -(-channels // wide) * vt_world_size
+    width = wide if slabs >= _ENOUGH_PROGRAMS and not backward else narrow
+    if values > _LOOP_ROWS or -(-channels // width) * vt_world_size < _ENOUGH_PROGRAMS // 2:
+        return None
+    each = 16 if itemsize == 2 and not backward else 8
+    if itemsize == 4 and backward and residual:
+        each = 4
+    return Choice("loop", _tile(_MAX_WARPS, width, each), width, _MAX_WARPS)
 
 
 def _cooperative(
@@ -139,91 +226,60 @@ def _cooperative(
     if "cooperative" not in ENABLED:
         return None
     most = multiprocessors // _WAITING_PART
+    if itemsize == 4:
+        held = 32
     for few in (min(_FEW_PIECES, most), most):
         for tile in _PIECE_TILES:
             warps = tile // (32 * held)
             size = -(-values // (-(-values // tile) * _ALIGNMENT)) * _ALIGNMENT
             splits = -(-values // size)
-            if splits <= few and warps <= _HELD_WARPS:
-                registers = _registers(backward or residual, held, itemsize, vector)
+            if splits <= few and warps <= _MAX_WARPS:
+                fits = itemsize == 4 and vector > 1 and not backward and not residual
+                registers = 64 if fits else 0
                 return Choice(
                     "cooperative", _power_of_two(size), 1, warps, splits, size, 0, registers
                 )
     return None
 
 
-def _registers(two: bool, held: int, itemsize: int, vector: int) -> int:
-    """Return the most registers of a thread of a cooperative kernel that do not spill.
-
-    ``two`` is whether it moves two tensors at once.
-    """
-    if held > 32 or vector == 1 or (two and itemsize == 4):
-        return 128
-    return 80 if two else 64
-
-
 def _ticketed(
     widths: list[int],
     values: int,
     itemsize: int,
-    backward: bool,
+    tensors: int,
     channels: int,
     vt_world_size: int,
 ) -> Choice | None:
-    """Choose the widest slabs of which at least two stay in L2, or none.
+    """Choose slabs of which enough stay in L2, or none.
 
-    A slab is gathered ``2 * depth - 1`` phases before it is applied; half as many pieces again as
-    fill the device in that time keep the wait from being felt. Slabs of one channel are small, so
-    that it takes more of them.
+    A slab is gathered ``2 * depth - 1`` phases before it is applied.
     """
     if "ticketed" not in ENABLED:
         return None
-    for width in widths:
-        slab = values * width * itemsize * (2 if backward else 1)
-        slabs = -(-channels // width) * vt_world_size
-        depth = min(_L2_BYTES // slab, _MAX_DEPTH if width > 1 else 4 * _MAX_DEPTH, slabs)
-        if depth < 2 or 1 < width < min(64 // itemsize, channels):
-            continue
-        tile = _piece_tile(width, itemsize)
-        wanted = min(-(-3 * _LIVE_PROGRAMS // (4 * depth - 2)), _MAX_SPLITS)
-        size = max(-(-values // (wanted * tile)), _LEAST_TILES) * tile
-        # Three programs on a multiprocessor, or two where that would spill.
-        registers = 128 if backward and width > 1 and itemsize == 2 else 80
-        splits = -(-values // size)
-        return Choice("ticketed", tile, width, 8, splits, size, depth, registers)
-    return None
-
-
-def _loop(
-    widths: list[int],
-    values: int,
-    itemsize: int,
-    backward: bool,
-    channels_last: bool,
-    channels: int,
-    vt_world_size: int,
-) -> Choice | None:
-    """Choose a program for each share if those fill the device, or none.
-
-    In channels_last only if their shares stay in L2, as others there find theirs in it.
-    """
-    width = widths[-1] if len(widths) < 3 else widths[1]
-    if -(-channels // width) * vt_world_size < _ENOUGH_PROGRAMS:
+    width = widths[-1] if len(widths) < 2 else widths[1]
+    slab = values * width * itemsize * tensors
+    slabs = -(-channels // width) * vt_world_size
+    depth = min(_L2_BYTES // slab, _MAX_DEPTH, slabs)
+    least = _LEAST_DEPTH if width > 1 else 2
+    if depth < least or (width > 1 and slabs < _ENOUGH_PROGRAMS // 2):
         return None
-    share = values * width * itemsize * (2 if backward else 1)
-    if channels_last:
-        return Choice("loop", _tile(16, width, 16), width, 16) if _fits_l2(share, 1) else None
-    warps = 16 if _fits_l2(share, 2) else 32
-    return Choice("loop", _tile(warps, width, 8), width, warps)
+    tile = _tile(4, width, 16 if itemsize == 2 else 8)
+    wanted = min(-(-_LIVE_PROGRAMS // depth), _MAX_SPLITS)
+    size = max(-(-values // (wanted * tile)), _LEAST_TILES) * tile
+    return Choice("ticketed", tile, width, 4, -(-values // size), size, depth)
 
 
-def _split(width: int, values: int, itemsize: int, channels: int, vt_world_size: int) -> Choice:
-    """Cut shares so that their pieces fill the device."""
+def _split(
+    widths: list[int], values: int, itemsize: int, channels: int, vt_world_size: int
+) -> Choice:
+    """Cut shares so that their pieces fill the device; small ones take more blocks of channels."""
+    large = values > _LARGE_ROWS and channels >= 2 * widths[0]
+    width = widths[0 if large else min(1, len(widths) - 1)]
     programs = -(-channels // width) * vt_world_size
-    wanted = min(-(-_SPLIT_PROGRAMS // programs), _MAX_SPLITS)
-    tile = _piece_tile(width, itemsize)
-    size = -(-values // (wanted * tile)) * tile
-    return Choice("split", tile, width, 8, -(-values // size), size)
+    wanted = max(-(-_SPLIT_PROGRAMS // programs), min(values // _PIECE_ROWS, _SPLITS))
+    tile = _tile(4, width, 32 if itemsize == 2 else 16)
+    size = -(-values // (min(wanted, _MAX_SPLITS) * tile)) * tile
+    return Choice("split", tile, width, 4, -(-values // size), size)
 
 
 def _power_of_two(number: int) -> int:
@@ -231,39 +287,19 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _resident_values(
-    backward: bool, residual: bool, channels_last: bool, itemsize: int, vector: int
-) -> int:
+def _held_values(backward: bool, residual: bool, itemsize: int, vector: int) -> int:
     """Return how many values a thread can hold without spilling.
 
     The backward holds that many of two tensors, and a forward that adds a residual nearly so;
-    values that are moved one by one, or along channels, need registers for their addresses.
+    values that are moved one by one need registers for their addresses.
     """
-    narrow = channels_last or itemsize == 4
-    if backward or vector == 1 or (channels_last and itemsize == 4) or (residual and narrow):
-        return 32
-    return 64
+    return 32 if backward or vector == 1 or (residual and itemsize == 4) else 64
 
 
 def _channel_widths(channels: int, itemsize: int) -> list[int]:
-    """Return channels that make 128, 64 and 32 adjacent bytes; all there are if fewer."""
+    """Return channels that make 256, 128, 64 and 32 adjacent bytes; all there are if fewer."""
     every = _power_of_two(channels)
-    return sorted({min(every, size // itemsize) for size in (128, 64, 32)}, reverse=True)
-
-
-def _resident_warps(threads: int) -> int:
-    """Return the warps of as many threads, or what there may be."""
-    return min(max(threads // 32, 1), _MAX_WARPS)
-
-
-def _fits_l2(share: int, programs: int) -> bool:
-    """Say whether shares stay in L2 with that many programs on each multiprocessor."""
-    return share * MULTIPROCESSORS * programs <= _L2_BYTES
-
-
-def _piece_tile(width: int, itemsize: int) -> int:
-    """Return the rows of a tile of the kernels that cut shares, which have 8 warps."""
-    return _tile(8, width, 16 if itemsize == 2 else 8)
+    return [min(every, size // itemsize) for size in (256, 128, 64, 32)]
 
 
 def _tile(warps: int, width: int, values: int) -> int:

@@ -10,11 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import merge_pieces, piece_of, store_partials
+from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
-from .tiles import corrections, finish, load_row, load_running, load_saved, locate, rstd_of
+from .tiles import (
+    corrections,
+    finish,
+    load_row,
+    load_running,
+    load_saved,
+    locate,
+    rstd_of,
+    store_sums,
+)
 
 __all__ = [
+    "merge_gradients",
     "merge_moments",
     "split_backward",
     "split_forward",
@@ -87,7 +97,7 @@ def split_forward(
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
     begin, stop = piece_of(split, size, block)
     affine, _ = load_saved(weight, bias, mean_in, rstd_in, block)
-    normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
+    normalize_rows(x, y, residual, affine, begin, stop, block, TILE, "")
 
 
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
@@ -120,6 +130,27 @@ def split_gradients(
     store_partials(partials, sum_dy, sum_dy_x * rstd, split, block)
 
 
+@triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size"])
+def merge_gradients(
+    partials,  # [splits, 2, V, C] float32
+    sum_dy_out,  # [V, C] float32: each rank's share of dbias
+    sum_dy_x_out,  # [V, C] float32: and of dweight
+    splits,
+    channels,
+    positions,
+    quotient,
+    remainder,
+    vt_world_size,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sum the pieces of each share."""
+    program = tl.program_id(0)
+    block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
+    store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)
+
+
 @triton.jit(do_not_specialize=["positions", "quotient", "remainder", "vt_world_size", "size"])
 def split_backward(
     x,  # [N, C, S] in either layout
@@ -146,7 +177,7 @@ def split_backward(
     affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
     sum_dy, sum_dy_x = load_row(sum_dy_in, block), load_row(sum_dy_x_in, block)
     mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
-    differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)
+    differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE, "")
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import merge_lanes, place, reciprocal, rectify, transform
+from .tiles import differentiate, lane_offset, place, reciprocal, rectify, row_offset, transform
 
 __all__ = ["differentiate_rows", "lane_gradients", "lane_moments", "normalize_rows"]
 
@@ -18,29 +18,32 @@ __all__ = ["differentiate_rows", "lane_gradients", "lane_moments", "normalize_ro
 def lane_moments(x, begin, stop, block, TILE: tl.constexpr):
     """Return the mean and the sum of squared deviations of rows ``begin`` to ``stop``.
 
-    Each lane of the tile keeps Welford's two numbers for the values that it meets; the lanes
-    are merged at the end. All lanes have met the same number of values, so that one
-    reciprocal serves the whole tile.
+    Sums are around the first row's value, so that a large mean costs no digits: what is
+    subtracted in the end is small unless that value is far from all others.
     """
     x += block.start
-    mean = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
-    m2 = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
-    met = 0.0
+    first = x + row_offset(begin, block, TILE) + lane_offset(block, TILE)
+    seen = block.lanes < tl.where(begin < stop, block.channels, 0)
+    pivot = tl.load(first, mask=seen, other=0.0).to(tl.float32)
     offsets, mask = place(begin, stop, block, TILE)
     ahead = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
-    for row in range(begin, stop, TILE.ROWS):
-        value, valid = ahead, mask
+    total = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
+    squares = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
+    full = begin + (stop - begin) // TILE.ROWS * TILE.ROWS
+    for row in range(begin, full, TILE.ROWS):
+        deviation = ahead.to(tl.float32) - pivot[None, :]
         # The next tile is asked for before this one is used, or too few bytes are in flight.
         offsets, mask = place(row + TILE.ROWS, stop, block, TILE)
         ahead = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
-        deviation = tl.where(valid, value.to(tl.float32) - mean, 0.0)
-        met += 1.0
-        step = deviation * reciprocal(met)
-        mean += step
-        m2 += deviation * (deviation - step)
-    behind = begin + tl.arange(0, TILE.ROWS)
-    count = tl.maximum(stop - behind + TILE.ROWS - 1, 0) // TILE.ROWS
-    return merge_lanes(mean, m2, count.to(tl.float32), (stop - begin).to(tl.float32))
+        total += deviation
+        squares += deviation * deviation
+    _, mask = place(full, stop, block, TILE)
+    deviation = tl.where(mask, ahead.to(tl.float32) - pivot[None, :], 0.0)
+    shift = tl.sum(total + deviation, 0)
+    m2 = tl.sum(squares + deviation * deviation, 0)
+    part = reciprocal(tl.maximum(stop - begin, 1).to(tl.float32))
+    m2 = tl.maximum(m2 - shift * shift * part, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return pivot + shift * part, m2
 
 
 @triton.jit
@@ -76,10 +79,13 @@ def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
 
 
 @triton.jit
-def normalize_rows(x, y, residual, affine, begin, stop, block, TILE: tl.constexpr):
+def normalize_rows(
+    x, y, residual, affine, begin, stop, block, TILE: tl.constexpr, STORE: tl.constexpr
+):
     """Write ``relu?((x - mean) * scale + shift + residual?)``.
 
-    Last rows first: they are the likeliest in L2.
+    Last rows first: they are the likeliest in L2. ``STORE`` is ``".cs"`` if what is written
+    should leave L2 before what is still to be read, else empty.
     """
     x += block.start
     y += block.start
@@ -95,11 +101,23 @@ def normalize_rows(x, y, residual, affine, begin, stop, block, TILE: tl.constexp
             out += added.to(tl.float32)
         if TILE.RELU:
             out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(y + offsets, out.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + offsets, out.to(y.dtype.element_ty), mask=mask, cache_modifier=STORE)
 
 
 @triton.jit
-def differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE: tl.constexpr):
+def differentiate_rows(
+    x,
+    dy,
+    dx,
+    affine,
+    mean_dy,
+    slope,
+    begin,
+    stop,
+    block,
+    TILE: tl.constexpr,
+    STORE: tl.constexpr,
+):
     """Write ``(dy - mean_dy - (x - mean) * slope) * scale``, last rows first."""
     x += block.start
     dy += block.start
@@ -111,7 +129,5 @@ def differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TI
         grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         if TILE.RELU:
             grad = rectify(grad, transform(value, affine).to(value.dtype))
-        out = grad.to(tl.float32) - mean_dy[None, :]
-        centred = value.to(tl.float32) - affine.mean[None, :]
-        out = (out - centred * slope[None, :]) * affine.scale[None, :]
-        tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=mask)
+        out = differentiate(value, grad, affine, mean_dy, slope)
+        tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=mask, cache_modifier=STORE)

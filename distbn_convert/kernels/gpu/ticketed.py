@@ -98,7 +98,7 @@ def ticketed_forward(
         await_count(counter, splits + 1)
         mean, rstd = load_row(statistics.mean, block), load_row(statistics.rstd, block)
         affine = make_affine(parameters, mean, rstd)
-        normalize_rows(x, y, residual, affine, begin, stop, block, TILE)
+        normalize_rows(x, y, residual, affine, begin, stop, block, TILE, ".cs")
 
 
 @triton.jit(
@@ -153,4 +153,4 @@ def ticketed_backward(
         mean_dy, slope = corrections(sum_dy, sum_dy_x, rstd, block)
         if output is not None:
             dy = grad_residual
-        differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE)
+        differentiate_rows(x, dy, dx, affine, mean_dy, slope, begin, stop, block, TILE, ".cs")

@@ -24,6 +24,7 @@ __all__ = [
     "Tile",
     "corrections",
     "count_batch",
+    "differentiate",
     "divide",
     "finish",
     "lane_offset",
@@ -41,6 +42,7 @@ __all__ = [
     "row_offset",
     "rstd_of",
     "store_sums",
+    "sum_products",
     "transform",
 ]
 
@@ -62,6 +64,9 @@ class Tile:
         WIDE: offsets within the share need 64 bits, which costs some 30 registers.
         RELU: the forward ends in a ReLU; the backward masks the upstream gradient with the
             output's sign, which it computes from the input.
+        DENSE: each thread has two rows or more of a tile.
+        COLUMNS: positions of all the channels of a tile whose rows are samples, a power of two;
+            0 for other tiles.
     """
 
     ROWS: Any
@@ -72,6 +77,8 @@ class Tile:
     INTERLEAVED: Any
     WIDE: Any
     RELU: Any
+    DENSE: Any
+    COLUMNS: Any
 
 
 @cache
@@ -84,10 +91,12 @@ def make_tile(
     interleaved: bool,
     wide: bool,
     relu: bool,
+    dense: bool,
+    columns: int = 0,
 ) -> Tile:
     """Return the one tile with these members."""
     # Each a constexpr of its own: Triton 3.6 takes no attribute of a constant for one.
-    members = rows, channels, vector, divisor, last, interleaved, wide, relu
+    members = rows, channels, vector, divisor, last, interleaved, wide, relu, dense, columns
     return Tile(*map(tl.constexpr, members))
 
 
@@ -370,6 +379,29 @@ def transform(value, affine):
     """
     centred = value.to(tl.float32) - affine.mean[None, :]
     return tl.fma(centred, affine.scale[None, :], affine.shift[None, :])
+
+
+@triton.jit
+def differentiate(value, grad, affine, mean_dy, slope):
+    """Return ``(grad - mean_dy - (value - mean) * slope) * scale`` in two multiplications."""
+    centred = value.to(tl.float32) - affine.mean[None, :]
+    level, steepness = -mean_dy * affine.scale, -slope * affine.scale
+    rest = tl.fma(centred, steepness[None, :], level[None, :])
+    return tl.fma(grad.to(tl.float32), affine.scale[None, :], rest)
+
+
+@triton.jit
+def sum_products(left, right, TILE: tl.constexpr):
+    """Return ``tl.sum(left * right, 0)``.
+
+    A thread that has one product alone would fuse it into the sum with its neighbour's, each its
+    own, and go on with other bits than that; so that is rounded before.
+    """
+    if TILE.DENSE:
+        product = left * right
+    else:
+        product = tl.fma(left, right, tl.zeros_like(left))
+    return tl.sum(product, 0)
 
 
 @triton.jit
