@@ -51,6 +51,7 @@ CASES = [
     Case((3, 4, 2, 3), channels_last=True, residual=True, relu=True),
     Case((9, 2, 8), interleaved=True, dtype=torch.float16, residual=True, relu=True),
     Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
+    Case((70, 2, 6), vt_world_size=70),
 ]
 Tensors = dict[str, Any]
 KINDS = ("resident", "planes", "cooperative", "loop", "split", "ticketed")

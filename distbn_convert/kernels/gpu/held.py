@@ -1,11 +1,8 @@
 """Arithmetic on a tile that stays in registers, for :mod:`.resident` and :mod:`.cooperative`.
 
 It is one program's rows ``begin`` to ``stop`` of a block, read from memory once, kept in the
-input's own dtype and widened whenever it is used, which can halve the registers.
-
-Products are masked, not their factors: a product that two threads exchange to add it up must not
-be fused into the sum, which would leave each with other bits; and the mask is applied once to
-what a thread has added up of adjacent values, not to each.
+input's own dtype and widened whenever it is used, which can halve the registers. Also for
+:mod:`.planes`, whose tile lies otherwise: what a mean's rounding has lost.
 """
 
 from __future__ import annotations

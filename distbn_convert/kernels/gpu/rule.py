@@ -2,7 +2,7 @@
 
 Tuning at run time would repeat the update of the running statistics, stall the first steps and
 break CUDA-graph capture. Kinds and tiles are what was fastest on an H100 among some two thousand
-that were timed over ResNet-50's layers; registers come from compiling for sm_90 (no spills).
+that were timed over ResNet-50's layers, and that spill with no Triton (``tests/aot.py``).
 
 Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
 second time from L2), cut between programs in launches of their own (``"split"``), or read in one
@@ -117,8 +117,8 @@ def select_kernel(
         return (
             _resident_lanes(widths, values)
             or _loop_lanes(widths, values, itemsize, backward, residual, channels, vt_world_size)
-            or _ticketed(widths[1:], values, itemsize, tensors, channels, vt_world_size)
-            or _split(widths, values, itemsize, channels, vt_world_size)
+            or _ticketed(widths[2], values, itemsize, tensors, channels, vt_world_size)
+            or _split(widths[0], widths[1], values, itemsize, channels, vt_world_size)
         )
     held = _held_values(backward, residual, itemsize, vector)
     share = values * itemsize * tensors
@@ -127,8 +127,8 @@ def select_kernel(
         or _resident(values, held, itemsize, vector, backward or residual)
         or _loop(values, share, itemsize, backward and residual, channels, vt_world_size)
         or _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
-        or _ticketed([1], values, itemsize, tensors, channels, vt_world_size)
-        or _split([1], values, itemsize, channels, vt_world_size)
+        or _ticketed(1, values, itemsize, tensors, channels, vt_world_size)
+        or _split(1, 1, values, itemsize, channels, vt_world_size)
     )
 
 
@@ -136,6 +136,7 @@ def _planes(
     samples: int, positions: int, backward: bool, channels: int, itemsize: int
 ) -> Choice | None:
     """Choose whole channels, if their tile is not mostly empty, or none."""
+    # Channels that make small programs: 2 of 16 bits, 4 of 32.
     width = min(itemsize, _power_of_two(channels))
     rows, columns = _power_of_two(samples), _power_of_two(width * positions)
     if rows * columns > 2 * samples * width * positions:
@@ -227,7 +228,7 @@ def _cooperative(
         return None
     most = multiprocessors // _WAITING_PART
     if itemsize == 4:
-        held = 32
+        held = 32  # of more, too few programs would fit on a multiprocessor to wait side by side
     for few in (min(_FEW_PIECES, most), most):
         for tile in _PIECE_TILES:
             warps = tile // (32 * held)
@@ -243,7 +244,7 @@ def _cooperative(
 
 
 def _ticketed(
-    widths: list[int],
+    width: int,
     values: int,
     itemsize: int,
     tensors: int,
@@ -256,7 +257,6 @@ def _ticketed(
     """
     if "ticketed" not in ENABLED:
         return None
-    width = widths[-1] if len(widths) < 2 else widths[1]
     slab = values * width * itemsize * tensors
     slabs = -(-channels // width) * vt_world_size
     depth = min(_L2_BYTES // slab, _MAX_DEPTH, slabs)
@@ -270,11 +270,10 @@ def _ticketed(
 
 
 def _split(
-    widths: list[int], values: int, itemsize: int, channels: int, vt_world_size: int
+    wide: int, narrow: int, values: int, itemsize: int, channels: int, vt_world_size: int
 ) -> Choice:
     """Cut shares so that their pieces fill the device; small ones take more blocks of channels."""
-    large = values > _LARGE_ROWS and channels >= 2 * widths[0]
-    width = widths[0 if large else min(1, len(widths) - 1)]
+    width = wide if values > _LARGE_ROWS and channels >= 2 * wide else narrow
     programs = -(-channels // width) * vt_world_size
     wanted = max(-(-_SPLIT_PROGRAMS // programs), min(values // _PIECE_ROWS, _SPLITS))
     tile = _tile(4, width, 32 if itemsize == 2 else 16)
