@@ -2,7 +2,7 @@
 
 Tuning at run time would repeat the update of the running statistics, stall the first steps and
 break CUDA-graph capture. Kinds and tiles are what was fastest on an H100 among some two thousand
-that were timed over ResNet-50's layers, and that spill with no Triton (``tests/aot.py``).
+that were timed over ResNet-50's layers, of those that spill with neither Triton 3.8 nor 3.9.
 
 Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
 second time from L2), cut between programs in launches of their own (``"split"``), or read in one
