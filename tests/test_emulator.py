@@ -79,6 +79,8 @@ COMPUTED = [
     ("mov.b32 %r9, 4;\nsetp.lt.s32 %p5, %r8, 3;\n@!%p5 mov.b32 %r9, 6;", chosen),
     ("add.s16x2 %r9, %r8, %r8;", lambda x: (x.view(torch.int16) * 2).view(torch.int32)),
     ("mov.b32 {%rs1, %rs2}, %r8;\nmov.b32 %r9, {%rs2, %rs1};", swapped),
+    ("prmt.b32 %r9, %r8, %r8, 0x1032;", swapped),
+    ("prmt.b32 %r9, %r8, 7, 0xBBB4;", lambda x: torch.where(x < 0, 7 - 256, 7).int()),
     ("shfl.sync.bfly.b32 %r9, %r8, 5, 31, -1;", lambda x: x[torch.arange(64) ^ 5]),
     (f"cvt.s64.s32 %rd9, %r8;\nshr.s64 {NARROW}", lambda x: x >> 31),
     (f"mul.wide.s32 %rd9, %r8, %r8;\nshr.u64 {NARROW}", lambda x: (x.long() ** 2 >> 32).int()),
@@ -94,6 +96,7 @@ def test_integers_compute_as_the_manual_says(body: str, expected: Any) -> None:
     assert y.tolist() == expected(x).tolist()
 
 
+TINY = torch.finfo(torch.float32).tiny
 WHERE = "%p5, %r8, %r8;\nselp.f32 %r9, 0f3F800000, %r8, %p5;"
 FLOATS = [
     ("add.f32 %r9, %r8, 0f3F800000;", lambda x: x + 1),
@@ -101,6 +104,7 @@ FLOATS = [
     ("neg.f32 %r9, %r8;", lambda x: -x),
     ("fma.rn.f32 %r9, %r8, %r8, %r8;", lambda x: (x.double() * x.double() + x.double()).float()),
     ("div.rn.f32 %r9, %r8, 0f40400000;", lambda x: x / 3),
+    ("div.rn.ftz.f32 %r9, %r8, 0f40400000;", lambda x: torch.where(x.abs() < TINY, x * 0, x) / 3),
     ("div.full.f32 %r9, %r8, %r8;", lambda x: x / x * (1 + 2.0**-22)),
     ("sqrt.rn.f32 %r9, %r8;", lambda x: x.double().sqrt().float()),
     ("max.f32 %r9, %r8, 0f00000000;", lambda x: torch.fmax(x, torch.zeros(()))),
@@ -121,6 +125,20 @@ def test_floats_compute_as_torch_does(body: str, expected: Any) -> None:
     y = torch.zeros_like(x)
     run(f"ld.global.b32 %r8, [%rd3];\n{body}\nst.global.b32 [%rd4], %r9;", x, y)
     torch.testing.assert_close(y, expected(x), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_of_halves_are_compared_each_for_itself(dtype: torch.dtype) -> None:
+    x = torch.randn(128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:4] = torch.tensor([float("nan"), -0.0, -torch.inf, torch.inf])
+    kind = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}[dtype]
+    y = torch.zeros(64, dtype=torch.int32)
+    low, high = "selp.b32 %r9, 1, 0, %p5;", "selp.b32 %r10, 2, 0, %p6;"
+    body = f"setp.le.{kind} %p5|%p6, %r8, %r11;\n{low}\n{high}\nadd.s32 %r9, %r9, %r10;"
+    body = f"mov.b32 %r11, 0;\n{body}"
+    run(f"ld.global.b32 %r8, [%rd3];\n{body}\nst.global.b32 [%rd4], %r9;", x.view(torch.int32), y)
+    expected = (x <= 0).view(-1, 2).int() @ torch.tensor([1, 2], dtype=torch.int32)
+    assert y.tolist() == expected.tolist()
 
 
 def test_what_is_computed_has_one_nan() -> None:

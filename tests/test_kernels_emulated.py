@@ -28,8 +28,8 @@ from .kernel_cases import (
 )
 from .versions import version_of
 
-if version_of("triton") < (3, 6):
-    pytest.skip("triton is not installed, or older than 3.6", allow_module_level=True)
+if version_of("triton") < gpu._LEAST_TRITON:
+    pytest.skip("triton is not installed, or older than the kernels need", allow_module_level=True)
 
 from distbn_convert.kernels.gpu import launch
 

@@ -26,6 +26,10 @@ needs_triton = pytest.mark.skipif(
     version_of("triton") < (3, 6),
     reason="triton is not installed, or older than 3.6: its interpreter ignores some masks",
 )
+can_compile = pytest.mark.skipif(
+    version_of("triton") < gpu._LEAST_TRITON,
+    reason="triton is not installed, or older than the kernels need",
+)
 can_interpret = pytest.mark.skipif(
     version_of("triton") < (3, 7) and version_of("numpy") >= (2, 4),
     reason="Triton's interpreter before 3.7 fails with numpy 2.4 and newer",
@@ -44,7 +48,7 @@ def test_interpreted_kernels_agree_with_the_definition(case: str) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
 
 
-@needs_triton
+@can_compile
 def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
     command = [sys.executable, "-m", "tests.dispatched"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -373,6 +377,33 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
     Input.dtype = torch.float32
     monkeypatch.setattr(gpu, "_has_triton", lambda device: False)
     assert not gpu.supports(Input())
+
+
+@can_compile
+@pytest.mark.parametrize(
+    ("release", "capability", "cuda", "taken"),
+    [
+        ("3.4.0", (8, 0), "12.8", True),
+        ("3.10.0+git1234", (9, 0), "13.0", True),
+        ("3.3.1", (9, 0), "12.6", False),
+        ("2.3.0", (9, 0), "12.1", False),
+        ("3.6.0", (7, 5), "12.8", False),
+        ("3.6.0", (9, 0), None, False),
+    ],
+)
+def test_the_backend_takes_what_triton_compiles_for(
+    release: str,
+    capability: tuple[int, int],
+    cuda: str | None,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", release)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gpu._has_triton.__wrapped__(torch.device("cuda")) is taken
 
 
 def test_an_empty_batch_is_left_to_the_definition() -> None:

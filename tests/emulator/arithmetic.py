@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .registers import TYPES, Array, Writer, bits_of, dtype_of, raw_type, reader, writer
+from .registers import (
+    TYPES,
+    Array,
+    Writer,
+    bits_of,
+    dtype_of,
+    number_of,
+    raw_type,
+    reader,
+    writer,
+)
 
 __all__ = ["arithmetic"]
 
@@ -29,9 +39,17 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     return wide.astype(np.result_type(a, b))
 
 
+def _flushed(a: Array) -> Array:
+    """What is too small for full precision counts as zero (``ftz``)."""
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, 0 * a, a)
+
+
 def _inverse_root(a: Array) -> Array:
-    """Return ``1 / sqrt(a)``; what is too small for full precision counts as zero."""
-    return np.float32(1) / np.sqrt(np.where(np.abs(a) < np.finfo(np.float32).tiny, 0 * a, a))
+    return np.float32(1) / np.sqrt(_flushed(a))
+
+
+def _flushed_quotient(a: Array, b: Array) -> Array:
+    return _flushed(_flushed(a) / _flushed(b))
 
 
 def _extract(a: Array, start: Array, length: Array) -> Array:
@@ -108,8 +126,8 @@ def arithmetic(
     error = _ERROR if _APPROXIMATE & set(modifiers) else None
     *how, dtype = (each for each in modifiers if each not in {"rn"} | _APPROXIMATE)
     target, *sources = operands
-    if kind == "setp" and dtype == "f16x2":
-        return _compare_pairs(_COMPARE[how[0]], target, sources)
+    if kind == "setp" and dtype in ("f16x2", "bf16x2"):
+        return _compare_pairs(_COMPARE[how[0]], dtype[:-2], target, sources)
     if kind == "setp":
         assert len(how) == 1, f"setp.{'.'.join(how)} is not known"
         compare = _COMPARE[how[0]]
@@ -136,6 +154,8 @@ def _function(kind: str, how: list[str], dtype: str) -> tuple[Any, list[str], st
         return _UNARY[kind], [dtype], dtype
     if (kind, dtype, how) == ("rsqrt", "f32", ["ftz"]):
         return _inverse_root, ["f32"], "f32"
+    if (kind, dtype, how) == ("div", "f32", ["ftz"]):  # of Triton before 3.6
+        return _flushed_quotient, ["f32"] * 2, "f32"
     if (kind, dtype, how) == ("add", "s16x2", []):
         return _add_halves, ["b32"] * 2, "b32"
     if kind in _BINARY and not how:
@@ -190,14 +210,15 @@ def _permute(low: Array, high: Array, selectors: Array) -> Array:
 
 
 def _compare_pairs(
-    compare: Callable[[Array, Array], Array], target: str, sources: list[Any]
+    compare: Callable[[Array, Array], Array], half: str, target: str, sources: list[Any]
 ) -> tuple[Compute, list[Writer]]:
     """``setp`` of two halves of a register each, the lower into the first predicate."""
     readers = [reader(source, "b32") for source in sources]
 
     def both(state: Any) -> tuple[Array, ...]:
         pairs = (np.broadcast_to(read(state), state.threads) for read in readers)
-        a, b = (np.ascontiguousarray(pair).view("f2").reshape(-1, 2) for pair in pairs)
+        halves = (np.ascontiguousarray(pair).view("u2").reshape(-1, 2) for pair in pairs)
+        a, b = (number_of(bits, half) for bits in halves)
         return tuple(compare(a, b).T)
 
     return both, [writer(predicate, "pred") for predicate in target.split("|")]

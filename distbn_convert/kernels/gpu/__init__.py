@@ -6,8 +6,8 @@ what they share. Triton is imported at the first CUDA tensor.
 
 ``DISTBN_GPU_KERNEL=off`` in the environment switches them off: then CUDA tensors are
 :mod:`..native`'s. So is ``float64``, and everything on a GPU that Triton's kernels were not
-compiled for (compute capability below 8.0, or not NVIDIA's); an empty batch is
-:mod:`..reference`'s.
+compiled for (compute capability below 8.0, or not NVIDIA's) or with a Triton before 3.4,
+which cannot compile them; an empty batch is :mod:`..reference`'s.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ __all__ = ["SWITCH", "backward", "forward", "supports"]
 SWITCH = "DISTBN_GPU_KERNEL"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Of torch 2.8. Older ones take no named tuples as arguments.
+_LEAST_TRITON = (3, 4)
 
 
 def supports(input: Tensor) -> bool:
@@ -37,10 +39,14 @@ def supports(input: Tensor) -> bool:
 
 @cache
 def _has_triton(device: torch.device) -> bool:
-    """Say whether Triton is installed and compiles for the device."""
+    """Say whether Triton is installed and compiles these kernels for the device."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= _LEAST_TRITON
 
 
 def forward(
