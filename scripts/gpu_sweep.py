@@ -147,7 +147,7 @@ def prepare(layer: Layer, device: str) -> Callable[[Choice], list[Tensor]]:
         with forced(choice):
             if layer.backward:
                 statistics = mean, var, ranks, False, False
-                return list(launch.backward(dy, x, weight, bias, None, *statistics)[:2])
+                return list(launch.backward(dy, x, weight, bias, None, *statistics)[:3])
             statistics = (mean, var), None, 0.1, 1e-5, ranks, False, False
             y, _, rstd = launch.forward(x, weight, bias, None, *statistics)
             return [y, rstd]

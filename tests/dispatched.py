@@ -46,6 +46,29 @@ class AbsentDevice:
         return 0
 
 
+class RecordingDevice(AbsentDevice):
+    """A driver that launches nothing, and keeps what it should have launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = self  # what Triton loads compiled kernels with
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2**20}
+
+    def load_binary(self, *binary: Any) -> tuple[Any, ...]:
+        """A module and a function, registers, spills, and the most threads."""
+        return "module", "function", 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Return what launches a compiled kernel."""
+        return partial(self.launch, metadata.hash)
+
+    def launch(self, kernel: str, x: int, y: int, z: int, *arguments: Any) -> None:
+        """Take a grid, the stream, three things of Triton's own, two hooks, and the arguments."""
+        self.launches.append((kernel, (x, y, z), arguments[6:]))
+
+
 def run_case(kind: str, case: Case) -> None:
     """What a kernel of that kind compiles for a case."""
     launch.select_kernel, launch._NARROW = force(kind), 0 if case.wide else _NARROW
@@ -110,9 +133,9 @@ def nothing_launched() -> Iterator[list[str]]:
     """Compile what would be launched; yield the kernels' names, of every call."""
     run, compiled = JITFunction.run, []
 
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
         compiled.append(self.fn.__name__)
-        return run(self, *args, **kwargs | {"warmup": True})
+        run(self, *args, **kwargs | {"warmup": True})  # returns nothing that could be launched
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()

@@ -47,4 +47,9 @@ def arrange_like(x: Tensor, other: Tensor, last: bool) -> Tensor:
 
 def _is_arranged(tensor: Tensor, last: bool) -> bool:
     """Say whether ``Tensor[N, C, *]`` is dense with channels second, or last."""
-    return (tensor.movedim(1, -1) if last else tensor).is_contiguous()
+    if not last:
+        return tensor.is_contiguous()
+    known = _CHANNELS_LAST.get(tensor.dim())
+    if known:  # much faster than to move an axis
+        return tensor.is_contiguous(memory_format=known)
+    return tensor.movedim(1, -1).is_contiguous()

@@ -132,10 +132,9 @@ def backward(
 
     affine, moments = (_dense(weight), _dense(bias)), (mean.contiguous(), rstd.contiguous())
     kept = output if relu else None
-    dx, sums, masked = launch.backward(
+    dx, grad_bias, grad_weight, masked = launch.backward(
         grad_output, input, *affine, kept, *moments, *partition, relu
     )
-    grad_bias, grad_weight = sums.unbind()
     grad_residual = None if masked is None else reference.as_input(masked, input)
     return reference.as_input(dx, input), grad_weight, grad_bias, grad_residual
 

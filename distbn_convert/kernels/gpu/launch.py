@@ -13,6 +13,7 @@ from torch import Tensor
 from ..layout import arrange, arrange_like
 from . import rule
 from .cooperative import cooperative_backward, cooperative_forward
+from .dispatch import Kernel
 from .loop import loop_backward, loop_forward
 from .pieces import sum_ranks
 from .planes import planes_backward, planes_forward
@@ -39,13 +40,14 @@ _MERGE_CHANNELS = 32
 _SUMMED_CHANNELS = 64
 # A tile of more ranks would not fit a program's registers.
 _SUMMED_RANKS = 64
-# Kinds of one launch: forward and backward.
+# Forward and backward; pieces of a split are merged between its two.
 _KERNELS = {
-    "planes": (planes_forward, planes_backward),
-    "resident": (resident_forward, resident_backward),
-    "cooperative": (cooperative_forward, cooperative_backward),
-    "loop": (loop_forward, loop_backward),
-    "ticketed": (ticketed_forward, ticketed_backward),
+    "planes": ((planes_forward,), (planes_backward,)),
+    "resident": ((resident_forward,), (resident_backward,)),
+    "cooperative": ((cooperative_forward,), (cooperative_backward,)),
+    "loop": ((loop_forward,), (loop_backward,)),
+    "ticketed": ((ticketed_forward,), (ticketed_backward,)),
+    "split": ((split_moments, split_forward), (split_gradients, split_backward)),
 }
 
 
@@ -167,19 +169,38 @@ def _power_of_two(number: int) -> int:
 
 
 class Plan(NamedTuple):
-    """A choice, and how it is launched."""
+    """A choice, its launches, and the one that sums what the ranks of a backward have."""
 
     choice: Choice
-    grid: tuple[int, ...]
-    options: dict[str, Any]
+    kernels: tuple[Kernel, ...]
+    summing: Kernel | None
 
 
 @lru_cache(maxsize=4096)
 def _plan(share: Share, backward: bool, residual: bool, relu: bool, *_: Any) -> Plan:
-    """Plan a launch. Asked at every call, so plans are kept, by all that a choice depends on."""
+    """Plan launches. Asked at every call, so plans are kept, by all that a choice depends on."""
     choice = share.choose(backward, residual)
-    options = share.scalars(choice) | share.constants(choice, relu)
-    return Plan(choice, share.grid(choice), options)
+    scalars, grid = share.scalars(choice), share.grid(choice)
+    options = scalars | share.constants(choice, relu)
+    kernels = [Kernel(kernel, grid, options) for kernel in _KERNELS[choice.kind][backward]]
+    if choice.kind == "split":
+        merge = merge_gradients if backward else merge_moments
+        merging = scalars | {"splits": choice.splits} | share.merging(choice)
+        if backward:
+            del merging["size"]  # a sum need not know of how many values
+        kernels.insert(1, Kernel(merge, (share.slabs(_MERGE_CHANNELS),), merging))
+    return Plan(choice, tuple(kernels), _summing(share) if backward else None)
+
+
+def _summing(share: Share) -> Kernel | None:
+    """Return the kernel that sums ranks, or None for more than it takes."""
+    channels, ranks = share.channels, share.vt_world_size
+    if ranks > _SUMMED_RANKS:
+        return None
+    grid = (-(-channels // _SUMMED_CHANNELS),)
+    options = {"channels": channels, "vt_world_size": ranks, "RANKS": _power_of_two(ranks)}
+    options |= {"CHANNELS": _SUMMED_CHANNELS, "num_warps": 2, "enable_fp_fusion": True}
+    return Kernel(sum_ranks, grid, options)
 
 
 def forward(
@@ -203,26 +224,23 @@ def forward(
     added = None if residual is None else arrange_like(x, residual, last)
     share = describe(x, last, vt_world_size, interleaved)
     plan = _plan(share, False, added is not None, relu, select_kernel, rule.ENABLED)
-    choice, grid, options = plan
     y = torch.empty_like(x)
     mean = x.new_empty((vt_world_size, share.channels), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     momentum = None if momentum is None else float(momentum)
     running_mean, running_var = running or (None, None)
     statistics = Statistics(mean, rstd, running_mean, running_var, counts, momentum, eps)
-    affine = weight, bias
-    with _on(input):
-        if choice.kind == "split":
-            partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_moments[grid](x, partials, **options)
-            merging = share.scalars(choice) | share.merging(choice)
-            merge_moments[(share.slabs(_MERGE_CHANNELS),)](
-                partials, statistics, choice.splits, **merging
-            )
-            split_forward[grid](x, y, *affine, added, mean, rstd, **options)
+    affine, device = (weight, bias), x.get_device()
+    with _on(device):
+        if plan.choice.kind == "split":
+            partials = _partials(mean, plan.choice)
+            gather, merge, apply = plan.kernels
+            gather(device, x, partials)
+            merge(device, partials, statistics)
+            apply(device, x, y, *affine, added, mean, rstd)
         else:
-            shared = _shared(mean, share, choice)
-            _KERNELS[choice.kind][0][grid](x, y, *affine, added, statistics, *shared, **options)
+            shared = _shared(mean, share, plan.choice)
+            plan.kernels[0](device, x, y, *affine, added, statistics, *shared)
     return y, mean, rstd
 
 
@@ -237,12 +255,12 @@ def backward(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run the backward of a non-empty batch.
 
     Returns:
-        the gradient of the input, ``Tensor[2, C]``: those of bias and weight, and the masked
-        ``grad_output`` if ``output`` is given.
+        the gradients of input, bias and weight, and the masked ``grad_output`` if ``output`` is
+        given.
     """
     x, last = arrange(input)
     dy = arrange_like(x, grad_output, last)
@@ -254,36 +272,28 @@ def backward(
     relu = relu and out is None
     affine = weight, bias if relu else None
     plan = _plan(share, True, out is not None, relu, select_kernel, rule.ENABLED)
-    choice, grid, options = plan
-    rows = *affine, mean, rstd
-    sums = mean.new_empty((2, *mean.shape))
-    with _on(input):
-        if choice.kind == "split":
-            partials = mean.new_empty((choice.splits, 2, *mean.shape))
-            split_gradients[grid](x, dy, out, masked, *rows, partials, **options)
-            merging = share.scalars(choice) | share.merging(choice)
-            del merging["size"]
-            merge_gradients[(share.slabs(_MERGE_CHANNELS),)](
-                partials, *sums.unbind(), choice.splits, **merging
-            )
-            rest = dy if masked is None else masked
-            split_backward[grid](x, rest, dx, *rows, *sums.unbind(), **options)
+    rows, device = (*affine, mean, rstd), x.get_device()
+    sums = torch.empty_like(mean), torch.empty_like(mean)
+    with _on(device):
+        if plan.choice.kind == "split":
+            partials = _partials(mean, plan.choice)
+            gather, merge, apply = plan.kernels
+            gather(device, x, dy, out, masked, *rows, partials)
+            merge(device, partials, *sums)
+            apply(device, x, dy if masked is None else masked, dx, *rows, *sums)
         else:
-            tensors = x, dy, out, dx, masked, *rows, *sums.unbind(), *_shared(mean, share, choice)
-            _KERNELS[choice.kind][1][grid](*tensors, **options)
-        return dx, _sum_ranks(sums), masked
+            shared = _shared(mean, share, plan.choice)
+            plan.kernels[0](device, x, dy, out, dx, masked, *rows, *sums, *shared)
+        if plan.summing is None:
+            return dx, sums[0].sum(0), sums[1].sum(0), masked
+        totals = mean.new_empty((share.channels,)), mean.new_empty((share.channels,))
+        plan.summing(device, *sums, *totals)
+    return dx, *totals, masked
 
 
-def _sum_ranks(shares: Tensor) -> Tensor:
-    """Sum ``Tensor[2, V, C]`` over V."""
-    _, ranks, channels = shares.shape
-    if ranks > _SUMMED_RANKS:
-        return shares.sum(1)
-    sums = shares.new_empty((2, channels))
-    blocks = -(-channels // _SUMMED_CHANNELS)
-    constants = {"RANKS": _power_of_two(ranks), "CHANNELS": _SUMMED_CHANNELS, "num_warps": 2}
-    sum_ranks[(blocks, 2)](shares, sums, channels, ranks, **constants, enable_fp_fusion=True)
-    return sums
+def _partials(mean: Tensor, choice: Choice) -> Tensor:
+    """Return two numbers for each piece, rank and channel."""
+    return mean.new_empty((choice.splits, 2, *mean.shape))
 
 
 def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:
@@ -293,8 +303,8 @@ def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:
     """
     if choice.kind not in WAITING:
         return ()
-    partials = mean.new_empty((choice.splits, 2, *mean.shape))
-    return partials, mean.new_zeros(share.slabs(choice.channels) + 1, dtype=torch.int32)
+    counters = mean.new_zeros(share.slabs(choice.channels) + 1, dtype=torch.int32)
+    return _partials(mean, choice), counters
 
 
 def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Share:
@@ -318,6 +328,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(input: Tensor) -> AbstractContextManager[Any]:
-    """Make the input's device current, where Triton launches; the CPU is the interpreter's."""
-    return torch.cuda.device(input.device) if input.is_cuda else nullcontext()
+def _on(device: int) -> AbstractContextManager[Any]:
+    """Make a device current, where Triton launches, if it is not; the CPU is the interpreter's."""
+    if device < 0 or device == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -63,18 +63,21 @@ def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["vt_world_size"])
 def sum_ranks(
-    shares,  # [2, V, C] float32
-    sums,  # [2, C] float32
+    sum_dy,  # [V, C] float32: each rank's share of dbias
+    sum_dy_x,  # [V, C] float32: and of dweight
+    dbias,  # [C] float32
+    dweight,  # [C] float32
     channels,
     vt_world_size,
     RANKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Sum each rank's shares of dbias and dweight, in a fixed order."""
-    block, which = tl.program_id(0), tl.program_id(1)
-    lanes, ranks = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANKS)
+    """Sum the ranks' shares, in a fixed order."""
+    lanes, ranks = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANKS)
     valid = lanes < channels
-    cells = (which * vt_world_size + ranks[:, None]) * channels + lanes[None, :]
+    cells = ranks[:, None] * channels + lanes[None, :]
     mask = (ranks < vt_world_size)[:, None] & valid[None, :]
-    share = tl.load(shares + cells, mask=mask, other=0.0)
-    tl.store(sums + which * channels + lanes, tl.sum(share, 0), mask=valid)
+    share = tl.load(sum_dy + cells, mask=mask, other=0.0)
+    share_x = tl.load(sum_dy_x + cells, mask=mask, other=0.0)
+    tl.store(dbias + lanes, tl.sum(share, 0), mask=valid)
+    tl.store(dweight + lanes, tl.sum(share_x, 0), mask=valid)

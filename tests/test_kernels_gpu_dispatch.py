@@ -1,0 +1,159 @@
+"""Launches of compiled kernels against those of Triton's own dispatch, for a device that is not
+there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbn_convert.kernels import gpu
+
+from .kernel_cases import CASES, KINDS, Case, compute, force, make
+from .versions import version_of
+
+if version_of("triton") < gpu._LEAST_TRITON:
+    pytest.skip("triton is not installed, or older than the kernels need", allow_module_level=True)
+
+from triton.runtime import driver
+
+from distbn_convert.kernels.gpu import launch
+from distbn_convert.kernels.gpu.dispatch import Kernel
+
+from .dispatched import RecordingDevice
+
+# One, as Triton keeps what is loaded.
+RECORDING = RecordingDevice()
+
+
+@pytest.fixture
+def device() -> Iterator[RecordingDevice]:
+    launch._plan.cache_clear()  # what is compiled for another device is not for this one
+    driver.set_active(RECORDING)
+    RECORDING.launches.clear()
+    yield RECORDING
+    driver.set_active(None)  # what it is before it is first asked for
+    launch._plan.cache_clear()
+
+
+def addresses(argument: Any) -> Any:
+    """What a kernel is given, in whatever form."""
+    if isinstance(argument, tuple):
+        return tuple(map(addresses, argument))
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+
+
+@pytest.fixture
+def compared(device: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Launch all three times: as Triton does, and twice as we do, the second time of necessity
+    without it."""
+    call, kernels = Kernel.__call__, []
+
+    def thrice(self: Kernel, index: int, *arguments: Any) -> None:
+        before = len(device.launches)
+        self.function[self.grid](*arguments, **self.options)
+        call(self, index, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(self.function), "run", None)
+            call(self, index, *arguments)
+        expected, *ours = device.launches[before:]
+        given = [(hash, grid, addresses(values)) for hash, grid, values in (expected, *ours)]
+        assert given[0] == given[1] == given[2], self.function.__name__
+        kernels.append(self.function.__name__)
+
+    monkeypatch.setattr(Kernel, "__call__", thrice)
+    return kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_launch_is_what_triton_would_launch(
+    kind: str, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    for case in (*CASES[:6], CASES[10], *CASES[13:16]):
+        compute(gpu, case, make(case))
+    assert any(name.startswith(kind) for name in compared)
+    assert "sum_ranks" in compared
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers, not at a multiple of 16 bytes."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("nothing", lambda tensors: None),
+    ("x is not aligned", lambda tensors: tensors.update(x=shifted(tensors["x"]))),
+    ("dy is not aligned", lambda tensors: tensors.update(dy=shifted(tensors["dy"]))),
+    ("weight is not aligned", lambda tensors: tensors.update(weight=shifted(tensors["weight"]))),
+    ("statistics are not aligned", lambda tensors: tensors.update(mean=shifted(tensors["mean"]))),
+    ("weight in half", lambda tensors: tensors.update(weight=tensors["weight"].bfloat16())),
+    ("no weight", lambda tensors: tensors.update(weight=None)),
+    ("no bias", lambda tensors: tensors.update(bias=None)),
+    ("no statistics", lambda tensors: tensors.update(mean=None, var=None)),
+    ("no counters", lambda tensors: tensors.update(counts=None)),
+    ("nothing again", lambda tensors: None),
+]
+
+
+def test_one_plan_launches_a_kernel_for_each_kind_of_arguments(
+    compared: list[str], device: RecordingDevice
+) -> None:
+    case = Case((8, 4, 8), dtype=torch.bfloat16)
+    names: dict[str, set[str]] = {}
+    for what, change in CHANGES:
+        for momentum in (0.1, 1, 0.25, None):
+            tensors = make(case)
+            change(tensors)
+            if momentum is None and tensors["counts"] is None:
+                continue
+            before = len(device.launches)
+            compute(gpu, replace(case, momentum=momentum), tensors)
+            names.setdefault(what, set()).update(hash for hash, *_ in device.launches[before:])
+    assert launch._plan.cache_info().misses == 2  # a forward and a backward
+    assert names.pop("nothing again") == names["nothing"]
+    assert len(set(map(frozenset, names.values()))) == len(names), "all differ"
+
+
+def test_numbers_are_looked_at_as_triton_does(compared: list[str]) -> None:
+    x = torch.randn(8, 4, 8)
+    for eps in (1e-5, 1, 16, 17, 1e-3):
+        gpu.forward(x, *(None,) * 6, 0.1, eps, 2, False, False)
+
+
+def test_one_launch_follows_the_other(device: RecordingDevice) -> None:
+    """Two layers of one shape share a plan, not their tensors."""
+    case = Case((8, 4, 8))
+    for _ in range(3):
+        tensors = make(case)
+        before = len(device.launches)
+        compute(gpu, case, tensors)
+        first = addresses(device.launches[before][2])
+        assert tensors["x"].data_ptr() in first
+        assert tensors["weight"].data_ptr() in first
+
+
+def test_each_device_has_a_kernel_of_its_own() -> None:
+    compiled, launched = [], []
+
+    class Function:
+        arg_names = ("x", "size")
+
+        def __getitem__(self, grid: Any) -> Any:
+            assert grid == (4,)
+            return self.compile
+
+        def compile(self, x: Tensor, size: int, num_warps: int) -> Any:
+            compiled.append((x, size, num_warps))
+            return {(4, 1, 1): lambda *arguments: launched.append(arguments)}
+
+    kernel = Kernel(Function(), (4,), {"num_warps": 2, "size": 8})
+    x = torch.ones(3)
+    for device in (0, 1, 0, 1, 1):
+        kernel(device, x)
+    assert compiled == [(x, 8, 2)] * 2
+    assert launched == [(x.data_ptr(), 8)] * 3
