@@ -48,6 +48,61 @@ def bench(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+class Clock:
+    """A host that asks, and a device that follows in order, in seconds; in place of torch.cuda."""
+
+    def __init__(self, cycles_per_second: float) -> None:
+        self.now, self.idle_from = 0.0, 0.0
+        self.cycles_per_second = cycles_per_second
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        """Ask for something that takes the device so long."""
+        self.idle_from = max(self.idle_from, self.now) + seconds
+
+    def _sleep(self, cycles: int) -> None:
+        self.work(cycles / self.cycles_per_second)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.idle_from)
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        assert enable_timing
+        clock = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = max(clock.idle_from, clock.now)
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+
+@pytest.mark.parametrize("cycles_per_second", [1.2e9, 1.98e9])
+@pytest.mark.parametrize("host_ms", [0.05, 0.4, 30.0])
+def test_a_slow_host_is_not_timed(
+    host_ms: float, cycles_per_second: float, scripts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    module: Any = importlib.import_module("gpu_bench")
+    clock = Clock(cycles_per_second)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "CLEARED", 8)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(torch, "cuda", clock)
+
+    def call() -> None:
+        for _ in range(2):  # two launches
+            clock.now += host_ms / 2 / 1e3
+            clock.work(0.1 / 1e3)
+
+    assert module.median_ms(call) == pytest.approx(0.2)
+
+
 def test_every_bar_is_measured_and_kept_as_data(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
