@@ -120,6 +120,16 @@ def test_a_dry_run_finds_what_safetensors_cannot_hold(
     assert told in err
 
 
+@pytest.mark.parametrize("sharded", [[], ["--max-shard-size", "1kB"]], ids=["one", "shards"])
+def test_a_dry_run_tells_what_safetensors_changes(
+    capsys: Any, tmp_path: Path, sharded: list[str]
+) -> None:
+    torch.save({**Net().state_dict(), "turned": torch.rand(3, 4).t()}, tmp_path / "in")
+    command = ["convert", tmp_path / "in", tmp_path / "out", "--vt-world-size", 2]
+    err = both(capsys, tmp_path, 0, *command, "--format", "safetensors", *sharded)
+    assert "turned is made contiguous for safetensors." in err
+
+
 def test_a_dry_run_finds_what_would_be_lost(capsys: Any, tmp_path: Path) -> None:
     make("accelerate", tmp_path / "in")
     make("accelerate", tmp_path / "out")

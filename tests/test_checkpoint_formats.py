@@ -249,11 +249,11 @@ def test_case_27_strided_tensors_become_contiguous_in_safetensors(tmp_path: Path
     report = convert_checkpoint(
         tmp_path / "in.pth", tmp_path / "o.safetensors", 2, format="safetensors"
     )
-    assert "t were made contiguous for safetensors." in report.warnings
+    assert "t is made contiguous for safetensors." in report.warnings
     assert torch.equal(load_file(tmp_path / "o.safetensors")["t"], tensors["t"])
     torch.save({**tensors, "u": torch.rand(3, 4).t()}, tmp_path / "two.pth")
     report = convert_checkpoint(tmp_path / "two.pth", tmp_path / "two", 2, format="safetensors")
-    assert "t and 1 more were made contiguous for safetensors." in report.warnings
+    assert "t and 1 more are made contiguous for safetensors." in report.warnings
 
 
 def test_views_side_by_side_are_no_obstacle_to_safetensors(tmp_path: Path) -> None:

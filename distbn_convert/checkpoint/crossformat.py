@@ -27,7 +27,7 @@ def write_as(
     replacements: Replacements,
     state: str | None,
     options: WriteOptions,
-) -> list[str]:
+) -> None:
     """Write a store in another format than its own.
 
     Args:
@@ -38,9 +38,6 @@ def write_as(
         state: the sub-tree to extract; None is all.
         options: how to write.
 
-    Returns:
-        list of str: what the user should know.
-
     Raises:
         RefusedError: safetensors cannot hold what is in the file.
     """
@@ -48,25 +45,28 @@ def write_as(
         tensors = _tensors(store, replacements, state)
         expected = sum(tensor.nbytes for tensor in tensors.values())
         write_tree(TorchFile(tensors), dst, expected, options, ReadOptions())
-        return []
-    tensors, notes = for_safetensors(store, replacements, state)
-    write_flat(tensors, dst, options, {"format": "pt"})
-    return notes
+    else:
+        tensors = for_safetensors(store, replacements, state, options)
+        write_flat(tensors, dst, options, {"format": "pt"})
 
 
 def for_safetensors(
-    store: Store, replacements: Replacements, state: str | None
-) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Return the tensors of a store as safetensors can hold them, and what the user should know.
+    store: Store, replacements: Replacements, state: str | None, options: WriteOptions
+) -> Mapping[str, Tensor]:
+    """Return the tensors of a store as safetensors can hold them; note what that changes.
 
     Raises:
         RefusedError: there is something else than tensors.
     """
     tensors = _tensors(store, replacements, state)
     strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
-    more = f" and {len(strided) - 1} more" if len(strided) > 1 else ""
-    notes = [f"{strided[0]}{more} were made contiguous for safetensors."] if strided else []
-    return tensors, notes
+    if len(strided) == 1:
+        options.note(f"{strided[0]} is made contiguous for safetensors.")
+    elif strided:
+        options.note(
+            f"{strided[0]} and {len(strided) - 1} more are made contiguous for safetensors."
+        )
+    return tensors
 
 
 def _tensors(store: Store, replacements: Replacements, state: str | None) -> Mapping[str, Tensor]:

@@ -238,6 +238,7 @@ class Job:
             progress=options.progress,
             before_writing=self._begin,
             before_publish=self._check_unchanged,
+            note=self.notes.append,
         )
         if options.verify and (self.format is not None or options.max_shard_size is not None):
             store.check()  # all of it is saved anew
@@ -245,14 +246,14 @@ class Job:
             from .reshard import write_shards
 
             limit, state = int(options.max_shard_size), options.state
-            self.notes += write_shards(store, self.dst, replacements, limit, state, writing)
+            write_shards(store, self.dst, replacements, limit, state, writing)
         elif self.format is None:
             store.write(self.dst, replacements, writing)
         else:
             from .crossformat import write_as
 
             state = options.state
-            self.notes += write_as(self.format, store, self.dst, replacements, state, writing)
+            write_as(self.format, store, self.dst, replacements, state, writing)
 
     def _begin(self) -> None:
         """Stop a dry run here; keep the input that is about to be replaced as ``SRC.bak``."""

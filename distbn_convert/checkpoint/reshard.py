@@ -174,7 +174,7 @@ def write_shards(
     limit: int,
     state: str | None,
     options: WriteOptions,
-) -> list[str]:
+) -> None:
     """Write a store as a folder of shards and their index; as one file if all fits in one.
 
     Tensors of safetensors are copied from file to file, in the order of the input, and what lies
@@ -188,9 +188,6 @@ def write_shards(
         state: the sub-tree to extract of a file of torch; None is all.
         options: how to write.
 
-    Returns:
-        list of str: what the user should know.
-
     Raises:
         RefusedError: safetensors cannot hold what is in the input; a file beside the old shards
             has the name of a new one.
@@ -198,12 +195,11 @@ def write_shards(
     """
     old = _old_files(store)
     new: Mapping[str, Tensor] = {key: tensor for (_, key), tensor in replacements.items()}
-    notes: list[str] = []
     if old is None:
         from .crossformat import for_safetensors
         from .save import refuse_shared
 
-        new, notes = for_safetensors(store, replacements, state)
+        new = for_safetensors(store, replacements, state, options)
         refuse_shared(new)
         old = _OldFiles([], list(new))
     parts = old.parts(new)
@@ -229,7 +225,6 @@ def write_shards(
         if options.verify:
             _check(folder, shards, dst)
         options.before_publish()
-    return notes
 
 
 def _old_files(store: Store) -> _OldFiles | None:

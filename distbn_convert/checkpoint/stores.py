@@ -54,6 +54,7 @@ class WriteOptions:
     progress: Progress | None = None
     before_writing: Callable[[], None] = lambda: None
     before_publish: Callable[[], None] = lambda: None
+    note: Callable[[str], object] = lambda note: None  # takes what the user should know
 
     def output(self, dst: Path, expected_bytes: int) -> AbstractContextManager[BufferedWriter]:
         """Return the file to write to, see :func:`~.atomic.atomic_output`."""
