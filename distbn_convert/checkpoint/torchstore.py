@@ -38,7 +38,7 @@ class TreeStore:
         self.path, self.format, self.file, self.options = path, format, file, options
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
-        self.tensors = sum(isinstance(leaf, Tensor) for _, leaf in walk_leaves(file.tree))
+        self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
         self._mappings = dict(walk_mappings(file.tree, options.state))
 
     @property

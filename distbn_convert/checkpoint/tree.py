@@ -14,6 +14,8 @@ from .opaque import InertObject
 __all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
 
 Path = tuple[Any, ...]
+# A path as long as it is not asked for: the way to the node above, and a key there.
+_Way = tuple["_Way", Any] | None
 
 
 def walk_mappings(
@@ -30,11 +32,11 @@ def walk_mappings(
             Default: None, the top
     """
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), tree)]
+    stack: list[tuple[_Way, Any]] = [(None, tree)]
     if first is not None:
         stack.extend(_at(tree, first))
     while stack:
-        path, node = stack.pop()
+        way, node = stack.pop()
         if id(node) in seen:
             continue
         children = list(_children(node))
@@ -43,31 +45,39 @@ def walk_mappings(
         if isinstance(node, InertObject):
             node = node.items
         if isinstance(node, dict):
-            yield path, node
-        stack.extend(((*path, key), value) for key, value in reversed(children))
+            yield _path(way), node
+        stack.extend(((way, key), value) for key, value in reversed(children))
 
 
-def _at(node: Any, wanted: str, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _path(way: _Way) -> Path:
+    keys = []
+    while way is not None:
+        way, key = way
+        keys.append(key)
+    return tuple(reversed(keys))
+
+
+def _at(node: Any, wanted: str, way: _Way = None) -> Iterator[tuple[_Way, Any]]:
     """Yield what is at a dotted path; keys may have dots of their own."""
     for key, value in _children(node):
         name = key_name(key)
         if name == wanted:
-            yield (*path, key), value
+            yield (way, key), value
         elif wanted.startswith(name + "."):
-            yield from _at(value, wanted[len(name) + 1 :], (*path, key))
+            yield from _at(value, wanted[len(name) + 1 :], (way, key))
 
 
-def walk_leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
-    """Yield everything in a nested tree that is no container, in order, with its path."""
+def walk_leaves(tree: Any) -> Iterator[Any]:
+    """Yield everything in a nested tree that is no container, in order."""
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), tree)]
+    stack = [tree]
     while stack:
-        path, node = stack.pop()
+        node = stack.pop()
         if not isinstance(node, (dict, list, tuple)):
-            yield path, node
+            yield node
         elif id(node) not in seen:
             seen.add(id(node))
-            stack.extend(((*path, key), value) for key, value in reversed(list(_children(node))))
+            stack.extend(value for _, value in reversed(list(_children(node))))
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:
