@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distbn_convert.kernels import gpu
+from distbn_convert.kernels.gpu.available import LEAST_TRITON
 from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 
 from .emulator import Launch, emulated_device
@@ -28,7 +29,7 @@ from .kernel_cases import (
 )
 from .versions import version_of
 
-if version_of("triton") < gpu._LEAST_TRITON:
+if version_of("triton") < LEAST_TRITON:
     pytest.skip("triton is not installed, or older than the kernels need", allow_module_level=True)
 
 from distbn_convert.kernels.gpu import launch

@@ -16,6 +16,7 @@ import torch
 
 from distbn_convert.kernels import gpu, reference, select_backend
 from distbn_convert.kernels.gpu import rule
+from distbn_convert.kernels.gpu.available import LEAST_TRITON
 from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 
 from .aot import RESNET50, compile_kernel, configurations, kernels_of
@@ -27,7 +28,7 @@ needs_triton = pytest.mark.skipif(
     reason="triton is not installed, or older than 3.6: its interpreter ignores some masks",
 )
 can_compile = pytest.mark.skipif(
-    version_of("triton") < gpu._LEAST_TRITON,
+    version_of("triton") < LEAST_TRITON,
     reason="triton is not installed, or older than the kernels need",
 )
 can_interpret = pytest.mark.skipif(
@@ -366,7 +367,7 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
         device = torch.device("cuda")
         dtype = torch.bfloat16
 
-    monkeypatch.setattr(gpu, "_has_triton", lambda device: True)
+    monkeypatch.setattr(gpu, "runs_on", lambda device: True)
     monkeypatch.delenv(gpu.SWITCH, raising=False)
     assert gpu.supports(Input())
     monkeypatch.setenv(gpu.SWITCH, "off")
@@ -375,35 +376,8 @@ def test_the_backend_takes_cuda_tensors_alone(monkeypatch: pytest.MonkeyPatch) -
     Input.dtype = torch.float64
     assert not gpu.supports(Input())
     Input.dtype = torch.float32
-    monkeypatch.setattr(gpu, "_has_triton", lambda device: False)
+    monkeypatch.setattr(gpu, "runs_on", lambda device: False)
     assert not gpu.supports(Input())
-
-
-@can_compile
-@pytest.mark.parametrize(
-    ("release", "capability", "cuda", "taken"),
-    [
-        ("3.4.0", (8, 0), "12.8", True),
-        ("3.10.0+git1234", (9, 0), "13.0", True),
-        ("3.3.1", (9, 0), "12.6", False),
-        ("2.3.0", (9, 0), "12.1", False),
-        ("3.6.0", (7, 5), "12.8", False),
-        ("3.6.0", (9, 0), None, False),
-    ],
-)
-def test_the_backend_takes_what_triton_compiles_for(
-    release: str,
-    capability: tuple[int, int],
-    cuda: str | None,
-    taken: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import triton
-
-    monkeypatch.setattr(triton, "__version__", release)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert gpu._has_triton.__wrapped__(torch.device("cuda")) is taken
 
 
 def test_an_empty_batch_is_left_to_the_definition() -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from distbn_convert.kernels import gpu
+from distbn_convert.kernels.gpu.available import LEAST_TRITON
 
 from .kernel_cases import CASES, KINDS, Case, compute, force, make
 from .versions import version_of
 
-if version_of("triton") < gpu._LEAST_TRITON:
+if version_of("triton") < LEAST_TRITON:
     pytest.skip("triton is not installed, or older than the kernels need", allow_module_level=True)
 
 from triton.runtime import driver

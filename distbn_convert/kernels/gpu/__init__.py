@@ -6,47 +6,30 @@ what they share. Triton is imported at the first CUDA tensor.
 
 ``DISTBN_GPU_KERNEL=off`` in the environment switches them off: then CUDA tensors are
 :mod:`..native`'s. So is ``float64``, and everything on a GPU that Triton's kernels were not
-compiled for (compute capability below 8.0, or not NVIDIA's) or with a Triton before 3.4,
-which cannot compile them; an empty batch is :mod:`..reference`'s.
+compiled for (compute capability below 8.0, or not NVIDIA's) or where Triton cannot compile or
+launch them, see :mod:`.available`; an empty batch is :mod:`..reference`'s.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .available import SWITCH, runs_on
 
 __all__ = ["SWITCH", "backward", "forward", "supports"]
 
-SWITCH = "DISTBN_GPU_KERNEL"
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Of torch 2.8. Older ones take no named tuples as arguments.
-_LEAST_TRITON = (3, 4)
 
 
 def supports(input: Tensor) -> bool:
     """Say whether this backend takes ``input``."""
     if not input.is_cuda or os.environ.get(SWITCH, "").lower() == "off":
         return False
-    return input.dtype in _DTYPES and _has_triton(input.device)
-
-
-@cache
-def _has_triton(device: torch.device) -> bool:
-    """Say whether Triton is installed and compiles these kernels for the device."""
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _LEAST_TRITON
+    return input.dtype in _DTYPES and runs_on(input.device)
 
 
 def forward(
