@@ -26,9 +26,10 @@ from distbn_convert.kernels import gpu
 from distbn_convert.kernels.gpu import launch, rule
 
 from .aot import RESNET50
-from .kernel_cases import CASES, KINDS, Case, compute, force, make
+from .kernel_cases import CASES, DIVIDED, KINDS, Case, compute, force, make
 
 _SELECT, _NARROW, _ENABLED = launch.select_kernel, launch._NARROW, rule.ENABLED
+_MOST_SIZES = launch._MOST_SIZES
 
 
 class AbsentDevice:
@@ -69,11 +70,13 @@ class RecordingDevice(AbsentDevice):
         self.launches.append((kernel, (x, y, z), arguments[6:]))
 
 
-def run_case(kind: str, case: Case) -> None:
-    """What a kernel of that kind compiles for a case."""
+def run_case(kind: str, case: Case, sized: bool = True) -> None:
+    """What a kernel of that kind compiles for a case, for its S or for every S."""
+    launch._sizes.clear()
+    launch._MOST_SIZES = _MOST_SIZES if sized else 0
     launch.select_kernel, launch._NARROW = force(kind), 0 if case.wide else _NARROW
     compute(gpu, case, make(case))
-    launch.select_kernel, launch._NARROW = _SELECT, _NARROW
+    launch.select_kernel, launch._NARROW, launch._MOST_SIZES = _SELECT, _NARROW, _MOST_SIZES
 
 
 def run_batch(
@@ -95,6 +98,7 @@ def run_batch(
     channels, rows = torch.empty(shape[1]), torch.empty(ranks, shape[1])
     counts, residual = torch.empty(ranks, dtype=torch.int64), x if added else None
     rule.ENABLED = enabled
+    launch._sizes.clear()
     for counted in (counts, None):
         statistics = rows, rows, counted, 0.1, 1e-5, ranks, interleaved, relu
         gpu.forward(x, channels, channels, residual, *statistics)
@@ -109,6 +113,8 @@ def everything() -> Iterator[Callable[[], None]]:
 
     for kind, case in product(KINDS, CASES):
         yield partial(run_case, kind, case)
+    for kind, case in product(KINDS, DIVIDED):
+        yield partial(run_case, kind, case, sized=False)
     epilogues = (
         (torch.float16, (False, False, False)),
         (torch.bfloat16, (False, True, True)),

@@ -53,6 +53,8 @@ CASES = [
     Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
     Case((70, 2, 6), vt_world_size=70),
 ]
+# Some of those in which rows are divided by S, which may be a constant or not.
+DIVIDED = [CASES[place] for place in (1, 3, 5, 8, 12, 16)]
 Tensors = dict[str, Any]
 KINDS = ("resident", "planes", "cooperative", "loop", "split", "ticketed")
 

@@ -17,6 +17,7 @@ from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 from .emulator import Launch, emulated_device
 from .kernel_cases import (
     CASES,
+    DIVIDED,
     KINDS,
     Case,
     check,
@@ -42,6 +43,7 @@ ROOM = 40
 def seeded() -> None:
     torch.manual_seed(0)
     random.seed(0)
+    launch._sizes.clear()
 
 
 @pytest.fixture
@@ -64,6 +66,20 @@ def test_compiled_kernels_agree_with_the_definition(
     check_underflow()
     check_tiny()
     assert len(launches) >= 2 * len(CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_for_every_size_agree_with_the_definition(
+    kind: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_MOST_SIZES", 0)
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    for case in DIVIDED:
+        monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
+        check(case, make(case))
+    assert not launch._sizes
+    assert len(launches) >= 2 * len(DIVIDED)
 
 
 def of_resnet50(channels: int) -> Callable[..., Choice]:

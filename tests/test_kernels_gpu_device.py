@@ -21,6 +21,7 @@ from distbn_convert.kernels.gpu import rule
 from .ddp import dealt_batches, make_data, make_model, train_ddp
 from .kernel_cases import (
     CASES,
+    DIVIDED,
     KINDS,
     Case,
     check,
@@ -54,6 +55,14 @@ SHAPES = [
     ((64, 512), 8),
     ((30, 24, 5, 6, 7), 4),
 ]
+
+
+@pytest.fixture(autouse=True)
+def sizes() -> None:
+    """What a test compiles does not depend on those before it."""
+    from distbn_convert.kernels.gpu import launch
+
+    launch._sizes.clear()
 
 
 @pytest.fixture
@@ -144,6 +153,20 @@ def test_every_kernel_agrees_with_the_definition(
 ) -> None:
     from distbn_convert.kernels.gpu import launch
 
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    if case.wide:
+        monkeypatch.setattr(launch, "_NARROW", 0)
+    check(case, make(case, cuda), slack=OURS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", DIVIDED, ids=str)
+def test_kernels_for_every_size_agree_with_the_definition(
+    case: Case, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbn_convert.kernels.gpu import launch
+
+    monkeypatch.setattr(launch, "_MOST_SIZES", 0)
     monkeypatch.setattr(launch, "select_kernel", force(kind))
     if case.wide:
         monkeypatch.setattr(launch, "_NARROW", 0)

@@ -34,6 +34,7 @@ RECORDING = RecordingDevice()
 @pytest.fixture
 def device() -> Iterator[RecordingDevice]:
     launch._plan.cache_clear()  # what is compiled for another device is not for this one
+    launch._sizes.clear()
     driver.set_active(RECORDING)
     RECORDING.launches.clear()
     yield RECORDING
@@ -158,3 +159,21 @@ def test_each_device_has_a_kernel_of_its_own() -> None:
         kernel(device, x)
     assert compiled == [(x, 8, 2)] * 2
     assert launched == [(x.data_ptr(), 8)] * 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "interleaved channels_last"])
+def test_sizes_beyond_the_first_share_kernels(
+    layout: str, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_MOST_SIZES", 2)
+    interleaved, last = layout.startswith("interleaved"), layout.endswith("channels_last")
+    kernels = []
+    for length in (40, 48, 56, 64, 40, 48, 56):
+        case = Case((8, 4, length), interleaved=interleaved, channels_last=last)
+        before = len(device.launches)
+        compute(gpu, case, make(case))
+        kernels.append(tuple(name for name, *_ in device.launches[before:]))
+    first, second, *shared = kernels[:4]
+    assert kernels == [first, second, *shared, first, second, shared[0]]
+    assert shared[0] == shared[1]
+    assert len({first, second, shared[0]}) == (1 if layout == "channels_last" else 3)

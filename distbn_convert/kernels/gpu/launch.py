@@ -51,8 +51,17 @@ _KERNELS = {
 }
 
 
+# So many S may have kernels of their own, where rows are divided by it. Others share kernels for
+# every S, else inputs of ever other sizes would be compiled for at every step.
+_MOST_SIZES = 16
+_sizes: set[int] = set()
+
+
 class Share(NamedTuple):
-    """What the kernels are told about the batch."""
+    """What the kernels are told about the batch.
+
+    ``sized`` is whether they are compiled for its S, where that matters.
+    """
 
     samples: int
     channels: int
@@ -62,6 +71,7 @@ class Share(NamedTuple):
     last: bool
     itemsize: int
     multiprocessors: int = MULTIPROCESSORS
+    sized: bool = True
 
     @property
     def values(self) -> int:
@@ -113,7 +123,7 @@ class Share(NamedTuple):
 
     def constants(self, choice: Choice, relu: bool) -> dict[str, Any]:
         """What a kernel is compiled for."""
-        divides = self.interleaved or not self.last
+        divisor = self.positions if self.sized else -1
         lanes = 1
         if choice.kind == "planes":
             columns = _power_of_two(choice.channels * self.positions)
@@ -129,7 +139,7 @@ class Share(NamedTuple):
             choice.rows,
             choice.channels,
             vector=vector,
-            divisor=self.positions if divides else 0,
+            divisor=divisor if self.interleaved or not self.last else 0,
             last=self.last,
             interleaved=self.interleaved,
             wide=self.wide(),
@@ -309,16 +319,25 @@ def _shared(mean: Tensor, share: Share, choice: Choice) -> tuple[Tensor, ...]:
 
 def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Share:
     """Describe an arranged input."""
+    positions = x.shape[2:].numel()
     return Share(
         x.shape[0],
         x.shape[1],
-        x.shape[2:].numel(),
+        positions,
         vt_world_size,
         interleaved,
         last,
         x.element_size(),
         _multiprocessors(x.device),
+        (last and not interleaved) or _has_own_kernels(positions),
     )
+
+
+def _has_own_kernels(positions: int) -> bool:
+    """Say whether that S is among the first of the process."""
+    if positions not in _sizes and len(_sizes) < _MOST_SIZES:
+        _sizes.add(positions)
+    return positions in _sizes
 
 
 @cache

@@ -25,6 +25,7 @@ from .tiles import (
     load_saved,
     locate,
     make_affine,
+    positions_of,
     reciprocal,
     rectify,
     rstd_of,
@@ -54,17 +55,22 @@ def lay_out(program, block, TILE: tl.constexpr):
     rows, columns = tl.arange(0, TILE.ROWS), tl.arange(0, TILE.COLUMNS)
     blocks = tl.cdiv(block.channels, TILE.CHANNELS)
     first = (program - divide(program, blocks) * blocks) * TILE.CHANNELS
-    width = tl.minimum(block.channels - first, TILE.CHANNELS) * TILE.DIVISOR
-    mask = (rows * TILE.DIVISOR < block.total)[:, None] & (columns < width)[None, :]
+    positions = positions_of(block, TILE)
+    width = tl.minimum(block.channels - first, TILE.CHANNELS) * positions
+    mask = (rows * positions < block.total)[:, None] & (columns < width)[None, :]
     if TILE.WIDE:
         rows, first = rows.to(tl.int64), first.to(tl.int64)
-    rows = rows * block.channels * TILE.DIVISOR
+    rows = rows * block.channels * positions
     if TILE.INTERLEAVED:
         rows = rows * block.vt_world_size
-    offsets = rows[:, None] + (first * TILE.DIVISOR + columns)[None, :]
+    offsets = rows[:, None] + (first * positions + columns)[None, :]
     offsets = tl.multiple_of(tl.max_contiguous(offsets, (1, TILE.VECTOR)), (1, TILE.VECTOR))
     mask = tl.max_constancy(mask, (1, TILE.VECTOR))
-    return Planes(offsets, mask, columns // TILE.DIVISOR)
+    if TILE.DIVISOR > 0:
+        owners = columns // TILE.DIVISOR
+    else:
+        owners = divide(columns, positions)
+    return Planes(offsets, mask, owners)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ __all__ = [
     "make_tile",
     "merge_lanes",
     "place",
+    "positions_of",
     "reciprocal",
     "rectify",
     "row_offset",
@@ -58,7 +59,8 @@ class Tile:
         CHANNELS: channels in one tile, a power of two.
         VECTOR: values that are certainly adjacent and aligned along the fast axis.
         DIVISOR: S as a constant where rows must be divided by it, so that it costs a
-            multiplication; 0 where a rank's rows are one run of memory and nothing is divided.
+            multiplication; -1 where the kernel is for every S; 0 where a rank's rows are one run of
+            memory and nothing is divided.
         LAST: channels are the fast axis.
         INTERLEAVED: the partition.
         WIDE: offsets within the share need 64 bits, which costs some 30 registers.
@@ -138,6 +140,7 @@ class Block(NamedTuple):
     valid: Any
     cells: Any
     channels: Any
+    positions: Any
     vt_world_size: Any
 
 
@@ -152,7 +155,28 @@ class Affine(NamedTuple):
 @triton.jit
 def divide(number, by):
     """Return the quotient of two int32 that are not negative, in a third fewer instructions."""
-    return (number.to(tl.uint32) // by.to(tl.uint32)).to(tl.int32)
+    return (tl.cast(number, tl.uint32) // by.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def positions_of(block, TILE: tl.constexpr):
+    """Return S, as a constant where the kernel is for one."""
+    positions = TILE.DIVISOR
+    if TILE.DIVISOR < 0:
+        positions = block.positions
+    return positions
+
+
+@triton.jit
+def sample_of(rows, block, TILE: tl.constexpr):
+    """Return the samples that rows lie in, of those of the share."""
+    if TILE.DIVISOR > 0:
+        sample = rows // TILE.DIVISOR
+    elif TILE.WIDE:
+        sample = (tl.cast(rows, tl.uint64) // block.positions.to(tl.uint64)).to(tl.int64)
+    else:
+        sample = divide(rows, block.positions)
+    return sample
 
 
 @triton.jit
@@ -171,7 +195,8 @@ def locate(program, channels, positions, quotient, remainder, vt_world_size, TIL
         total = total.to(tl.int32)
     start = tl.multiple_of(first * channels * positions, TILE.VECTOR)
     cells = rank * channels + lanes
-    return Block(rank, total, start, lanes, lanes < channels, cells, channels, vt_world_size)
+    valid = lanes < channels
+    return Block(rank, total, start, lanes, valid, cells, channels, positions, vt_world_size)
 
 
 @triton.jit
@@ -181,14 +206,14 @@ def row_offset(rows, block, TILE: tl.constexpr):
     if TILE.DIVISOR == 0:
         offset = rows * channels
     else:
-        sample = rows // TILE.DIVISOR
-        position = rows - sample * TILE.DIVISOR
+        sample, positions = sample_of(rows, block, TILE), positions_of(block, TILE)
+        position = rows - sample * positions
         if TILE.INTERLEAVED:
             sample = sample * block.vt_world_size
         if TILE.LAST:
-            offset = (sample * TILE.DIVISOR + position) * channels
+            offset = (sample * positions + position) * channels
         else:
-            offset = sample * channels * TILE.DIVISOR + position
+            offset = sample * channels * positions + position
     return offset
 
 
@@ -199,7 +224,7 @@ def lane_offset(block, TILE: tl.constexpr):
     if TILE.WIDE:
         lanes = lanes.to(tl.int64)
     if not TILE.LAST:
-        lanes = lanes * TILE.DIVISOR
+        lanes = lanes * positions_of(block, TILE)
     return lanes
 
 
