@@ -5,7 +5,8 @@ a bar (``gpu_table.py``) and each pass: the sum over the 53 layers of the median
 ours and ``F.batch_norm``'s, and of the bytes that must be moved (forward: read x, write y;
 backward: read x and dy, write dx) at the bandwidth of a copy measured in the same run. The same
 for a forward with its ReLU. Each layer is also timed with fewer of the kernels that wait
-(``ENABLED``), and with ours switched off (``off_ms``); ``copy_ms`` is a copy that moves as many
+(``ENABLED``), with those that are for every size (``unsized_ms``), and with ours switched off
+(``off_ms``); ``copy_ms`` is a copy that moves as many
 bytes, which takes a launch as they do. Then a ResNet-50 training step. A table comes last, each bar
 met or missed, beside what ``gpu_predict.py`` predicted. What was measured before an interruption is
 kept.
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from distbn_convert import DistBatchNorm2d, convert_model
 from distbn_convert.functional import dist_batch_norm
-from distbn_convert.kernels.gpu import SWITCH, rule
+from distbn_convert.kernels.gpu import SWITCH, launch, rule
 from distbn_convert.kernels.gpu.launch import describe
 from distbn_convert.kernels.layout import arrange
 from tests.aot import RESNET50
@@ -129,6 +130,8 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
             same = kinds[-1:] == [choose()]
             times.append(times[-1] if same else measure())
             kinds.append(choose())
+    with unsized():
+        unsized_ms = times[0] if share.last else measure()
     with switched_off():
         off_ms = measure()
     plain_ms = dict(zip(("forward", "backward"), time_passes(plain, leaves), strict=True))
@@ -137,6 +140,7 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
     rows = []
     for name in times[0]:
         row: Row = {"pass": name, "off_ms": off_ms[name], "plain_ms": plain_ms[name]}
+        row["unsized_ms"] = unsized_ms[name]
         for what, kind, ms in zip(ENABLED, kinds, times, strict=True):
             row |= {what: ms[name], what.replace("ms", "kernel"): kind[name.split()[-1]]}
         moved = (3 if name == "backward" else 2) * x.nbytes
@@ -153,6 +157,19 @@ def only_enabled(kinds: frozenset[str]) -> Iterator[None]:
         yield
     finally:
         rule.ENABLED = before
+
+
+@contextmanager
+def unsized() -> Iterator[None]:
+    """Let no kernel be compiled for its number of positions."""
+    before, launch._MOST_SIZES = launch._MOST_SIZES, 0
+    sizes = set(launch._sizes)
+    launch._sizes.clear()
+    try:
+        yield
+    finally:
+        launch._MOST_SIZES = before
+        launch._sizes.update(sizes)
 
 
 @contextmanager

@@ -114,6 +114,7 @@ def test_every_bar_is_measured_and_kept_as_data(
     measured = {(row["dtype"], row["layout"], row["pass"]) for row in results["layers"]}
     assert measured == {bar[:3] for bar in bench.BARS}
     assert all(row["off_ms"] > 0 for row in results["summary"])
+    assert all(row["unsized_ms"] > 0 for row in results["layers"])
     assert all(row["copy_ms"] > 0 for row in results["layers"])
     assert results["machine"].keys() >= {"device", "python", "torch", "triton", "commit"}
     assert [line.split("  ")[0] for line in table[2:-1]] == [bar.name for bar in bench.BARS]
@@ -150,6 +151,19 @@ def test_switch_is_put_back(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None
         with bench.switched_off():
             assert os.environ[bench.SWITCH] == "off"
         assert os.environ.get(bench.SWITCH) == before
+
+
+def test_kernels_for_every_size_are_timed_beside_others(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = bench.launch
+    monkeypatch.setattr(launch, "_sizes", {9, 25})
+    most, x = launch._MOST_SIZES, torch.randn(4, 8, 3, 3)
+    assert launch.describe(x, False, 2, False).sized
+    with bench.unsized():
+        assert not launch.describe(x, False, 2, False).sized
+    assert launch.describe(x, False, 2, False).sized
+    assert (launch._sizes, launch._MOST_SIZES) == ({9, 25}, most)
 
 
 def test_kernels_that_wait_are_timed_beside_others_and_put_back(
