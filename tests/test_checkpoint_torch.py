@@ -337,6 +337,20 @@ def test_nested_tensors_survive_and_are_compared(tmp_path: Path) -> None:
         verify_checkpoint(path, other, allow_globals=allowed)
 
 
+@pytest.mark.parametrize(("levels", "refused"), [(900, False), (1100, True)])
+def test_mappings_in_mappings_are_looked_into_up_to_a_depth(
+    tmp_path: Path, levels: int, refused: bool
+) -> None:
+    mappings = b"}X\x01\x00\x00\x00k" * levels + b"}" + b"s" * levels
+    flat = save(tmp_path, {**bn_state(), "deep": "here"})
+    path = repickled(flat, b"X\x04\x00\x00\x00here", mappings)
+    if refused:
+        with pytest.raises(RefusedError, match="a mapping 1001 levels deep, and at most 1000 are"):
+            inspect_checkpoint(path)
+    else:
+        assert len(inspect_checkpoint(path).groups) == 1
+
+
 def test_what_is_nested_too_deeply_to_be_saved_is_told(tmp_path: Path) -> None:
     # More than Python 3.13 can pickle, which is ten times what Python 3.11 can.
     lists = b"]" * 20_000 + b"a" * 19_999

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,41 +54,93 @@ def test_a_machine_where_triton_cannot_compile(tmp_path: Path, compiler: str, to
 
 
 class Ready:
-    """Triton's driver on a machine that has all that it needs."""
+    """Triton's driver on a machine that has all that it needs, or had it."""
 
     def get_current_target(self) -> None:
         pass
 
 
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A new GPU with a new Triton."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton.runtime.driver.set_active(Ready())
+    with caplog.at_level(logging.INFO):
+        yield
+    triton.runtime.driver.set_active(None)  # what it is before it is first asked for
+
+
+def check(caplog: pytest.LogCaptureFixture, missing: str | None, level: str = "WARNING") -> None:
+    """Whether the kernels run, and the one line that says why not."""
+    assert runs_on.__wrapped__(torch.device("cuda", 1)) is (missing is None)
+    if missing is None:
+        assert not caplog.records
+        return
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert missing in record.getMessage()
+    assert "the GPU kernels are not used, torch's batch norm is" in record.getMessage()
+
+
 @needs_triton
+@pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
-    ("release", "capability", "cuda", "missing"),
+    ("release", "missing"),
     [
-        ("3.4.0", (8, 0), "12.8", None),
-        ("3.10.0+git1234", (12, 0), "13.0", None),
-        ("3.3.1", (9, 0), "12.6", "they need Triton 3.4, and 3.3.1 is installed"),
-        ("2.3.0", (9, 0), "12.1", "they need Triton 3.4, and 2.3.0 is installed"),
-        ("3.6.0", (7, 5), "12.8", "they need compute capability 8.0, and cuda:1 has 7.5"),
-        ("3.6.0", (9, 0), None, "the device is not NVIDIA's"),
+        ("3.4.0", None),
+        ("3.10.0+git1234", None),
+        ("3.3.1", "they need Triton 3.4, which torch 2.8 brings, and 3.3.1 is installed"),
+        ("2.3.0", "they need Triton 3.4, which torch 2.8 brings, and 2.3.0 is installed"),
     ],
 )
-def test_what_a_device_and_a_triton_must_be(
+def test_what_a_triton_must_be(
     release: str,
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("triton.__version__", release)
+    check(caplog, missing)
+
+
+@needs_triton
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    ("capability", "cuda", "missing"),
+    [
+        ((8, 0), "12.8", None),
+        ((12, 0), "13.0", None),
+        ((7, 5), "12.8", "they need compute capability 8.0, and cuda:1 has 7.5"),
+        ((9, 0), None, "the device is not NVIDIA's"),
+    ],
+)
+def test_what_a_device_must_be(
     capability: tuple[int, int],
     cuda: str | None,
     missing: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    import triton
-
-    monkeypatch.setattr(triton, "__version__", release)
-    triton.runtime.driver.set_active(Ready())
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with caplog.at_level(logging.INFO):
-        taken = runs_on.__wrapped__(torch.device("cuda", 1))
-    triton.runtime.driver.set_active(None)  # what it is before it is first asked for
-    assert taken is (missing is None)
-    told = [f"the GPU kernels are not used, torch's batch norm is: {missing}"] if missing else []
-    assert caplog.messages == told
+    check(caplog, missing, "INFO")
+
+
+@needs_triton
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    ("release", "missing"), [("3.6.0", "RuntimeError: no C compiler was found"), ("3.8.0", None)]
+)
+def test_a_compiler_that_has_gone_is_missed_where_triton_needs_it_again(
+    release: str,
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("triton.__version__", release)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    check(caplog, missing)

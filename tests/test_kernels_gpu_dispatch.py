@@ -4,6 +4,8 @@ there."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -82,14 +84,17 @@ def test_a_launch_is_what_triton_would_launch(
     assert "sum_ranks" in compared
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    """The same numbers, not at a multiple of 16 bytes."""
-    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+def shifted(tensor: Tensor, nbytes: int | None = None) -> Tensor:
+    """The same numbers, so many bytes behind a multiple of 16, by default those of one."""
+    by = 1 if nbytes is None else nbytes // tensor.element_size()
+    return torch.cat([tensor.new_zeros(by), tensor.flatten()])[by:].view(tensor.shape)
 
 
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("nothing", lambda tensors: None),
     ("x is not aligned", lambda tensors: tensors.update(x=shifted(tensors["x"]))),
+    ("x is to 8 bytes", lambda tensors: tensors.update(x=shifted(tensors["x"], 8))),
+    ("weight is to 8 bytes", lambda tensors: tensors.update(weight=shifted(tensors["weight"], 8))),
     ("dy is not aligned", lambda tensors: tensors.update(dy=shifted(tensors["dy"]))),
     ("weight is not aligned", lambda tensors: tensors.update(weight=shifted(tensors["weight"]))),
     ("statistics are not aligned", lambda tensors: tensors.update(mean=shifted(tensors["mean"]))),
@@ -117,6 +122,8 @@ def test_one_plan_launches_a_kernel_for_each_kind_of_arguments(
             compute(gpu, replace(case, momentum=momentum), tensors)
             names.setdefault(what, set()).update(hash for hash, *_ in device.launches[before:])
     assert launch._plan.cache_info().misses == 2  # a forward and a backward
+    for what in ("x", "weight"):
+        assert names.pop(f"{what} is to 8 bytes") == names[f"{what} is not aligned"]
     assert names.pop("nothing again") == names["nothing"]
     assert len(set(map(frozenset, names.values()))) == len(names), "all differ"
 
@@ -159,6 +166,28 @@ def test_each_device_has_a_kernel_of_its_own() -> None:
         kernel(device, x)
     assert compiled == [(x, 8, 2)] * 2
     assert launched == [(x.data_ptr(), 8)] * 3
+
+
+def test_a_kernel_that_is_still_being_compiled_is_waited_for(device: RecordingDevice) -> None:
+    """As Triton 3.8 compiles in this mode, what it returns is not the kernel."""
+    import triton
+
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("this Triton does not compile asynchronously")
+    case = Case((8, 4, 16))
+    with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        for _ in range(2):
+            compute(gpu, case, make(case))
+    names = [name for name, *_ in device.launches]
+    assert names[:3] == names[3:]
+
+
+def test_the_device_of_the_input_becomes_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(f"changed to {index}"))
+    for device, expected in ((-1, None), (0, "changed to 0"), (1, None), (2, "changed to 2")):
+        with launch._on(device) as changed:
+            assert changed == expected
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "interleaved channels_last"])

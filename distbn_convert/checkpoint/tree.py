@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import RefusedError
 from .groups import TensorSpec, key_name
 from .opaque import InertObject
 
 __all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
 
 Path = tuple[Any, ...]
-# A path as long as it is not asked for: the way to the node above, and a key there.
+# A path that nobody has asked for: the way to the node above, and a key there.
 _Way = tuple["_Way", Any] | None
+# Keys that lead to a mapping, each of which keeps them all.
+_DEEPEST = 1000
 
 
 def walk_mappings(
@@ -30,13 +33,16 @@ def walk_mappings(
         tree: what was loaded.
         first: dotted path of a sub-tree to begin with, so that what is shared appears under it.
             Default: None, the top
+
+    Raises:
+        RefusedError: mappings are nested deeper than any checkpoint's.
     """
     seen: set[int] = set()
-    stack: list[tuple[_Way, Any]] = [(None, tree)]
+    stack: list[tuple[Path, _Way, Any]] = [((), None, tree)]
     if first is not None:
-        stack.extend(_at(tree, first))
+        stack.extend(((), way, node) for way, node in _at(tree, first))
     while stack:
-        way, node = stack.pop()
+        path, way, node = stack.pop()
         if id(node) in seen:
             continue
         children = list(_children(node))
@@ -45,11 +51,17 @@ def walk_mappings(
         if isinstance(node, InertObject):
             node = node.items
         if isinstance(node, dict):
-            yield _path(way), node
-        stack.extend(((way, key), value) for key, value in reversed(children))
+            path, way = (*path, *_keys(way)), None
+            if len(path) > _DEEPEST:
+                raise RefusedError(
+                    f"the checkpoint has a mapping {len(path)} levels deep, and at most {_DEEPEST} "
+                    "are looked into; save its state dict alone."
+                )
+            yield path, node
+        stack.extend((path, (way, key), value) for key, value in reversed(children))
 
 
-def _path(way: _Way) -> Path:
+def _keys(way: _Way) -> Path:
     keys = []
     while way is not None:
         way, key = way

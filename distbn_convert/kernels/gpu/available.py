@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
 from functools import cache
 
 import torch
@@ -23,31 +25,31 @@ def runs_on(device: torch.device) -> bool:
     """Say whether Triton compiles the kernels for ``device`` and launches them; kept.
 
     Where not, one log line says why: at level INFO where that is to be expected, WARNING where
-    Triton fails, as it does on a machine without a C compiler.
+    something can be done, as on a machine without a C compiler.
     """
-    obstacle = _obstacle(device)
-    if obstacle is not None:
-        logger.info("the GPU kernels are not used, torch's batch norm is: %s", obstacle)
+    missing = _missing(device)
+    if missing is not None:
+        logger.info("the GPU kernels are not used, torch's batch norm is: %s", missing)
         return False
-    from triton.runtime import driver
-
     try:
-        driver.active.get_current_target()  # compiles what Triton asks devices with
+        missing = _set_up()
     except Exception as error:  # Triton's, the compiler's, or the file system's
+        missing = (
+            "Triton, which needs a C compiler and Python's headers (gcc and python3-dev), failed "
+            f"with {type(error).__name__}: {error}"
+        )
+    if missing is not None:
         logger.warning(
-            "the GPU kernels are not used, torch's batch norm is, which is slower: Triton, which "
-            "needs a C compiler and Python's headers (gcc and python3-dev), failed with "
-            "%s: %s (set %s=off to silence this)",
-            type(error).__name__,
-            error,
+            "the GPU kernels are not used, torch's batch norm is, which is slower: %s "
+            "(set %s=off to silence this)",
+            missing,
             SWITCH,
         )
-        return False
-    return True
+    return missing is None
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Return what is missing, None if nothing is."""
+def _missing(device: torch.device) -> str | None:
+    """Return what the device or the installation lacks, None if nothing."""
     if torch.version.cuda is None:
         return "the device is not NVIDIA's"
     if importlib.util.find_spec("triton") is None:
@@ -57,8 +59,21 @@ def _obstacle(device: torch.device) -> str | None:
         return (
             f"they need compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
         )
+    return None
+
+
+def _set_up() -> str | None:
+    """Compile what Triton asks devices with; return why it cannot compile kernels, or None."""
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
-        return f"they need Triton 3.4, and {triton.__version__} is installed"
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    if release < LEAST_TRITON:
+        return (
+            f"they need Triton 3.4, which torch 2.8 brings, and {triton.__version__} is installed"
+        )
+    triton.runtime.driver.active.get_current_target()
+    # Before 3.8 each signature of a kernel has a launcher of its own, whatever is in the cache.
+    compilers = os.environ.get("CC", ""), "gcc", "clang"
+    if release < (3, 8) and os.name == "posix" and not any(map(shutil.which, compilers)):
+        raise RuntimeError("no C compiler was found")
     return None

@@ -3,7 +3,9 @@ kernels run.
 
 Triton's dispatch looks at every argument of every call for what kernels are specialised for: types,
 numbers that are 1 or multiples of 16, aligned pointers, options of the compiler. A plan fixes all
-but a few of them, and :class:`Kernel` looks at those.
+but a few of them, and :class:`Kernel` looks at those. Triton's hooks around launches, which
+profilers set, are called; what else is set after a kernel's first launch (its hooks before a run,
+``debug``, other instrumentation) is not seen.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Kernel:
             launch(*values, *self._last)
             return
         compiled = self.function[self.grid](*arguments, **self.options)
+        if hasattr(compiled, "result"):  # is being compiled, in Triton's AsyncCompileMode
+            compiled = compiled.result()
         if compiled is not None:  # else it was interpreted
             self._launches[tuple(key)] = compiled[(*self.grid, 1, 1)[:3]]
 
