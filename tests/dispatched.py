@@ -115,7 +115,7 @@ def everything() -> Iterator[Callable[[], None]]:
 
     for kind, case in product(KINDS, CASES):
         yield partial(run_case, kind, case)
-    for kind, case in product(KINDS, DIVIDED):
+    for kind, case in product(KINDS, DIVIDED[1::2]):
         yield partial(run_case, kind, case, sized=False)
     epilogues = (
         (torch.float16, (False, False, False)),
