@@ -153,6 +153,19 @@ def test_switch_is_put_back(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None
         assert os.environ.get(bench.SWITCH) == before
 
 
+def test_the_host_is_timed_with_both_dispatches() -> None:
+    pytest.importorskip("triton")
+    code = "import bench_host as b; b.TURNS, b.CALLS = 1, 2; b.main()"
+    path = os.pathsep.join(map(str, (SCRIPTS.parent, SCRIPTS)))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    _, _, *lines = run.stdout.splitlines()
+    assert [int(line[28:].split()[0]) for line in lines] == [1, 2, 3, 3, 4, 7]  # launches
+    assert all(0 < float(line.split()[-1]) < 10 for line in lines)
+
+
 def test_kernels_for_every_size_are_timed_beside_others(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,14 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distbn_convert.kernels.gpu.available import LEAST_TRITON, runs_on
+from distbn_convert.kernels.gpu.available import runs_on
 
-from .versions import version_of
+from .versions import can_compile
 
-needs_triton = pytest.mark.skipif(
-    version_of("triton") < LEAST_TRITON,
-    reason="triton is not installed, or older than the kernels need",
-)
 # A GPU that is not there: all that is asked of it before Triton compiles.
 CODE = """
 import logging, torch
@@ -33,7 +29,7 @@ print([runs_on(torch.device("cuda", 0)) for _ in range(3)])
 """
 
 
-@needs_triton
+@can_compile
 @pytest.mark.parametrize(
     ("compiler", "told"),
     [("", "Failed to find C compiler"), ("false", "returned non-zero exit status 1")],
@@ -86,7 +82,7 @@ def check(caplog: pytest.LogCaptureFixture, missing: str | None, level: str = "W
     assert "the GPU kernels are not used, torch's batch norm is" in record.getMessage()
 
 
-@needs_triton
+@can_compile
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
     ("release", "missing"),
@@ -107,7 +103,7 @@ def test_what_a_triton_must_be(
     check(caplog, missing)
 
 
-@needs_triton
+@can_compile
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
     ("capability", "cuda", "missing"),
@@ -130,7 +126,7 @@ def test_what_a_device_must_be(
     check(caplog, missing, "INFO")
 
 
-@needs_triton
+@can_compile
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
     ("release", "missing"), [("3.6.0", "RuntimeError: no C compiler was found"), ("3.8.0", None)]

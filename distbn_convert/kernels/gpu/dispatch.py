@@ -1,9 +1,8 @@
-"""Launch what Triton has compiled without its dispatch, which takes the host longer than small
-kernels run.
+"""Launch what Triton has compiled without its dispatch, which takes longer than small kernels do.
 
-Triton's dispatch looks at every argument of every call for what kernels are specialised for: types,
+The dispatch looks at every argument of every call for what kernels are specialised for: types,
 numbers that are 1 or multiples of 16, aligned pointers, options of the compiler. A plan fixes all
-but a few of them, and :class:`Kernel` looks at those. Triton's hooks around launches, which
+but a few of those, and :class:`Kernel` looks at these few. Triton's hooks around launches, which
 profilers set, are called; what else is set after a kernel's first launch (its hooks before a run,
 ``debug``, other instrumentation) is not seen.
 """
