@@ -39,6 +39,7 @@ LATENCIES = {
     "BAR": 25, "LDC": 30, "ULDC": 10, "R2UR": 10, "MEMBAR": 700, "ATOMG": 700, "CCTL": 50,
 }  # fmt: skip
 FROM_MEMORY, FROM_L2 = 900, 350
+LOADS_TENSOR = re.compile(r"LDG\S*\.(E[FL]|U16)\b")
 BOUNDS = "memory", "instructions", "latency"
 # No result is waited for.
 STORES = {"STG", "STS", "STSM", "REDG", "BRA", "BSSY", "BSYNC", "EXIT", "BAR", "MEMBAR", "CCTL"}
@@ -92,10 +93,13 @@ def read(machine_code: str) -> Code:
     body = [one for one in body if one[0] not in rare]
     loops = []
     for address, target in branches(body):
-        inside = [text for place, text in body if target <= place <= address]
-        if target < address and not any("STRONG" in text for text in inside) and len(inside) > 20:
-            loops.append((target, address))
-    return Code(body, loops)
+        inside = {place: text for place, text in body if target <= place <= address}
+        if not any("STRONG" in text for text in inside.values()) and len(inside) > 20:
+            if any(LOADS_TENSOR.search(text) for text in inside.values()):
+                loops.append((target, address))
+            else:  # over ranks, in the few programs that sum them
+                rare |= inside.keys()
+    return Code([one for one in body if one[0] not in rare], loops)
 
 
 def branches(body: list[tuple[int, str]]) -> list[tuple[int, int]]:
@@ -139,7 +143,7 @@ def latency(program: Program) -> float:
         start = max([now, *(ready.get(register, 0.0) for register in reads)])
         cycles = LATENCIES.get(kind, 5)
         if kind == "LDG":
-            cycles = program.tensors if re.search(r"\.E[FL]\b|\.U16", name) else FROM_L2
+            cycles = program.tensors if LOADS_TENSOR.search(name) else FROM_L2
         now = start + (cycles if kind in ("MEMBAR", "BAR", "CCTL") else 1)
         ready |= dict.fromkeys(writes, start + cycles)
     return now

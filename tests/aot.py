@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DTYPES = {2: "bf16", 4: "fp32"}
 TENSORS = ("x", "y", "dx", "dy", "output", "residual", "grad_residual")
 ROWS = ("mean_in", "rstd_in", "sum_dy_out", "sum_dy_x_out", "sum_dy_in", "sum_dy_x_in")
-VECTORS = (*ROWS, "weight", "bias", "partials")
+VECTORS = (*ROWS, "weight", "bias", "partials", "dbias", "dweight")
 # What is not given unless asked for; see EPILOGUES.
 ABSENT = ("output", "residual", "grad_residual")
 STATISTICS = {

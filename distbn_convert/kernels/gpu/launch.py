@@ -38,8 +38,6 @@ _VECTOR_BYTES = 16
 _NARROW = 2**31 - 2**20
 _MERGE_CHANNELS = 32
 _SUMMED_CHANNELS = 64
-# A tile of more ranks would not fit a program's registers.
-_SUMMED_RANKS = 64
 # Forward and backward; pieces of a split are merged between its two.
 _KERNELS = {
     "planes": ((planes_forward,), (planes_backward,)),
@@ -179,7 +177,7 @@ def _power_of_two(number: int) -> int:
 
 
 class Plan(NamedTuple):
-    """A choice, its launches, and the one that sums what the ranks of a backward have."""
+    """A choice, its launches, and the one that sums what the ranks of a backward have, if any."""
 
     choice: Choice
     kernels: tuple[Kernel, ...]
@@ -193,24 +191,21 @@ def _plan(share: Share, backward: bool, residual: bool, relu: bool, *_: Any) -> 
     scalars, grid = share.scalars(choice), share.grid(choice)
     options = scalars | share.constants(choice, relu)
     kernels = [Kernel(kernel, grid, options) for kernel in _KERNELS[choice.kind][backward]]
-    if choice.kind == "split":
-        merge = merge_gradients if backward else merge_moments
-        merging = scalars | {"splits": choice.splits} | share.merging(choice)
-        if backward:
-            del merging["size"]  # a sum need not know of how many values
-        kernels.insert(1, Kernel(merge, (share.slabs(_MERGE_CHANNELS),), merging))
-    return Plan(choice, tuple(kernels), _summing(share) if backward else None)
+    if choice.kind != "split":
+        return Plan(choice, tuple(kernels), _summing(share) if backward else None)
+    merging = scalars | {"splits": choice.splits} | share.merging(choice)
+    if backward:
+        del merging["size"]  # a sum need not know of how many values
+    merge = merge_gradients if backward else merge_moments
+    kernels.insert(1, Kernel(merge, (share.slabs(_MERGE_CHANNELS),), merging))
+    return Plan(choice, tuple(kernels), None)
 
 
-def _summing(share: Share) -> Kernel | None:
-    """Return the kernel that sums ranks, or None for more than it takes."""
-    channels, ranks = share.channels, share.vt_world_size
-    if ranks > _SUMMED_RANKS:
-        return None
-    grid = (-(-channels // _SUMMED_CHANNELS),)
-    options = {"channels": channels, "vt_world_size": ranks, "RANKS": _power_of_two(ranks)}
+def _summing(share: Share) -> Kernel:
+    """Return the kernel that sums ranks."""
+    options = {"channels": share.channels, "vt_world_size": share.vt_world_size}
     options |= {"CHANNELS": _SUMMED_CHANNELS, "num_warps": 2, "enable_fp_fusion": True}
-    return Kernel(sum_ranks, grid, options)
+    return Kernel(sum_ranks, (-(-share.channels // _SUMMED_CHANNELS),), options)
 
 
 def forward(
@@ -284,20 +279,19 @@ def backward(
     plan = _plan(share, True, out is not None, relu, select_kernel, rule.ENABLED)
     rows, device = (*affine, mean, rstd), x.get_device()
     sums = torch.empty_like(mean), torch.empty_like(mean)
+    totals = mean.new_empty((share.channels,)), mean.new_empty((share.channels,))
     with _on(device):
         if plan.choice.kind == "split":
             partials = _partials(mean, plan.choice)
             gather, merge, apply = plan.kernels
             gather(device, x, dy, out, masked, *rows, partials)
             merge(device, partials, *sums)
-            apply(device, x, dy if masked is None else masked, dx, *rows, *sums)
+            apply(device, x, dy if masked is None else masked, dx, *rows, *sums, *totals)
         else:
             shared = _shared(mean, share, plan.choice)
             plan.kernels[0](device, x, dy, out, dx, masked, *rows, *sums, *shared)
-        if plan.summing is None:
-            return dx, sums[0].sum(0), sums[1].sum(0), masked
-        totals = mean.new_empty((share.channels,)), mean.new_empty((share.channels,))
-        plan.summing(device, *sums, *totals)
+        if plan.summing is not None:
+            plan.summing(device, *sums, *totals)
     return dx, *totals, masked
 
 

@@ -10,7 +10,18 @@ import triton.language as tl
 
 from .tiles import merge_lanes
 
-__all__ = ["merge_pieces", "piece_of", "store_partials", "sum_pieces", "sum_ranks"]
+__all__ = [
+    "merge_pieces",
+    "piece_of",
+    "store_partials",
+    "store_totals",
+    "sum_pieces",
+    "sum_ranks",
+]
+
+
+# Rows that are summed at a time: a tile of more would take too many registers.
+_RANKS = tl.constexpr(16)
 
 
 @triton.jit
@@ -61,6 +72,24 @@ def sum_pieces(partials, splits, block, SPLITS: tl.constexpr):
     return first, tl.sum(load_partials(partials, 1, splits, block, SPLITS), 0)
 
 
+@triton.jit
+def store_totals(sum_dy, sum_dy_x, dbias, dweight, lanes, channels, vt_world_size):
+    """Store the sums over ranks of dbias's and dweight's shares of channels, in fixed order."""
+    valid = lanes < channels
+    total = tl.zeros_like(lanes).to(tl.float32)
+    total_x = total
+    for first in range(0, vt_world_size, _RANKS):
+        ranks = first + tl.arange(0, _RANKS)
+        cells = ranks[:, None] * channels + lanes[None, :]
+        mask = (ranks < vt_world_size)[:, None] & valid[None, :]
+        share = tl.load(sum_dy + cells, mask=mask, other=0.0)
+        share_x = tl.load(sum_dy_x + cells, mask=mask, other=0.0)
+        total += tl.sum(share, 0)
+        total_x += tl.sum(share_x, 0)
+    tl.store(dbias + lanes, total, mask=valid)
+    tl.store(dweight + lanes, total_x, mask=valid)
+
+
 @triton.jit(do_not_specialize=["vt_world_size"])
 def sum_ranks(
     sum_dy,  # [V, C] float32: each rank's share of dbias
@@ -69,15 +98,8 @@ def sum_ranks(
     dweight,  # [C] float32
     channels,
     vt_world_size,
-    RANKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Sum the ranks' shares, in a fixed order."""
-    lanes, ranks = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, RANKS)
-    valid = lanes < channels
-    cells = ranks[:, None] * channels + lanes[None, :]
-    mask = (ranks < vt_world_size)[:, None] & valid[None, :]
-    share = tl.load(sum_dy + cells, mask=mask, other=0.0)
-    share_x = tl.load(sum_dy_x + cells, mask=mask, other=0.0)
-    tl.store(dbias + lanes, tl.sum(share, 0), mask=valid)
-    tl.store(dweight + lanes, tl.sum(share_x, 0), mask=valid)
+    """Sum the ranks' shares, for kernels that have no later launch to do it."""
+    lanes = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    store_totals(sum_dy, sum_dy_x, dbias, dweight, lanes, channels, vt_world_size)

@@ -2,7 +2,8 @@
 
 Where ranks times blocks of channels are too few to fill the device, or a share is too large for
 L2, each share is cut along its values into ``splits`` pieces. One launch writes the partial
-results of each piece, one merges them in a fixed order, one applies them, last piece first.
+results of each piece, one merges them in a fixed order, one applies them, last piece first (and
+sums what the ranks have, in a backward).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
+from .pieces import merge_pieces, piece_of, store_partials, store_totals, sum_pieces
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
 from .tiles import (
     corrections,
@@ -162,6 +163,8 @@ def split_backward(
     rstd_in,  # [V, C] float32
     sum_dy_in,  # [V, C] float32
     sum_dy_x_in,  # [V, C] float32
+    dbias,  # [C] float32
+    dweight,  # [C] float32
     size,  # rows of a piece
     channels,
     positions,
@@ -170,9 +173,12 @@ def split_backward(
     vt_world_size,
     TILE: tl.constexpr,
 ):
-    """Write the gradient of each piece."""
+    """Write the gradient of each piece; for the last of each channel, which start first, dbias
+    and dweight."""
     program, split = last_first()
     block = locate(program, channels, positions, quotient, remainder, vt_world_size, TILE)
+    if (split == tl.num_programs(1) - 1) & (block.rank == vt_world_size - 1):
+        store_totals(sum_dy_in, sum_dy_x_in, dbias, dweight, block.lanes, channels, vt_world_size)
     begin, stop = piece_of(split, size, block)
     affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
     sum_dy, sum_dy_x = load_row(sum_dy_in, block), load_row(sum_dy_x_in, block)
