@@ -74,7 +74,9 @@ def dist_batch_norm(
             ``"decomposed"`` with plain torch operations, which it can fuse with what comes after;
             ``"auto"`` with the kernels where there are some for the input's device and dtype, and
             under ``torch.compile`` with plain operations elsewhere, under ``torch.export`` (which
-            keeps no gradient of the kernels) with them always. Default: ``"auto"``
+            keeps no gradient of the kernels) with them always. Whatever it is, derivatives in
+            forward mode, ``torch.jit.trace`` and transforms of ``torch.func`` under
+            ``torch.compile`` take plain operations. Default: ``"auto"``
 
     Returns:
         ``Tensor[N, C, *]`` with the dtype of ``input``, channels_last if that is, else contiguous,

@@ -110,7 +110,7 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a mode, a transform, a tracer or a kind of tensor must see the operators.
+    """Whether a mode, a transform or a kind of tensor must see the operators.
 
     Where none does, the backend is called directly: the dispatcher and the way back into
     Python cost as much as a small layer.
@@ -118,25 +118,14 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     for tensor in tensors:  # a loop, as any() would take longer than all else here
         if type(tensor) not in _PLAIN_TYPES:
             return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 # input, weight, bias, output, mean, rstd; what the backward does not need is None.
 _Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
 
 
-def _save(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    output: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    forward_mode: bool = True,
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd: Tensor) -> None:
     input, weight, bias, residual = inputs[:4]
     eps, vt_world_size, interleaved, relu = inputs[8:]
     saved: _Saved = input, weight, None, None, mean, rstd
@@ -144,8 +133,6 @@ def _save(
         kept = output if keeps_output(input, residual, relu) else None
         saved = input, weight, bias if kept is None else None, kept, mean, rstd
     ctx.save_for_backward(*saved)
-    if forward_mode:
-        ctx.save_for_forward(*saved)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     ctx.settings = eps, vt_world_size, interleaved, relu
@@ -159,7 +146,7 @@ def _differentiate(
     weight = saved[1]
     eps, *settings = ctx.settings
     grads: tuple[Any, ...]
-    if not compiling and torch.is_grad_enabled():
+    if not compiling and _is_differentiated():
         grads = _differentiable_gradients(grad_output, saved, eps, *settings)
     elif decomposed:
         grads = reference.backward(grad_output, *saved, *settings)
@@ -180,6 +167,21 @@ def _differentiate(
     return grads[0], grad_weight, grad_bias, grad_residual
 
 
+def _in_forward_mode() -> bool:
+    """Say whether tensors may have tangents, which an autograd function would have to push.
+
+    Torch cannot push two through one, nor differentiate what one has pushed.
+    """
+    return forward_ad._current_level >= 0
+
+
+def _is_differentiated() -> bool:
+    """Say whether what a backward computes may be differentiated again."""
+    # Forward mode and torch.func do not mind that gradients are disabled around them.
+    around = _in_forward_mode() or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or around
+
+
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs ten times this
 
@@ -192,7 +194,7 @@ def _differentiable_gradients(
     interleaved: bool,
     relu: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients for ``create_graph=True``: to autograd the saved moments are constants."""
+    """Gradients that can be differentiated: to autograd the saved moments are constants."""
     input, weight, *_, mean, _ = saved
     if relu:
         grad_output = reference.mask(grad_output, *saved, interleaved)
@@ -201,26 +203,6 @@ def _differentiable_gradients(
         grad_output, input, weight, mean, torch.rsqrt(var + eps), vt_world_size, interleaved
     )
     return grads[0].to(input.dtype), *grads[1:], grad_output
-
-
-def _push_forward(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
-    """Differentiate in forward mode; the Jacobian for the input is a symmetric matrix."""
-    saved: _Saved = ctx.saved_tensors
-    input, weight, *_, mean, rstd = saved
-    _, *partition, relu = ctx.settings
-    channels = (-1,) + (1,) * (input.dim() - 2)
-    result = torch.zeros_like(input, dtype=mean.dtype)
-    if tangents[0] is not None:
-        result = reference.gradients(tangents[0], input, weight, mean, rstd, *partition)[0]
-    if tangents[1] is not None:
-        normalized = reference.normalize(input.to(mean.dtype), mean, rstd, partition[1])
-        result = result + normalized * tangents[1].to(mean.dtype).reshape(channels)
-    if tangents[2] is not None:
-        result = result + tangents[2].to(mean.dtype).reshape(channels)
-    if tangents[3] is not None:
-        result = result + tangents[3].to(mean.dtype)
-    result = result.to(input.dtype)
-    return reference.mask(result, *saved, partition[1]) if relu else result
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -234,25 +216,39 @@ class _BatchNorm(torch.autograd.Function):
         inputs = (*arguments[:4], *arguments[4])
         function = _FORWARD if _is_watched(*inputs[:7]) else _batch_norm
         output, mean, rstd = function(*inputs)
-        # Outside of dual_level() no tensor has a tangent, and saving for one costs.
-        _save(ctx, inputs, output, mean, rstd, forward_ad._current_level >= 0)
+        _save(ctx, inputs, output, mean, rstd)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return *_differentiate(ctx, grad_output, False), None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return _push_forward(ctx, tangents)
-
 
 class _TracedBatchNorm(torch.autograd.Function):
-    """The same with ``setup_context``, for ``torch.compile``, which takes no ``jvp``."""
+    """The same with ``setup_context``, for ``torch.compile``.
+
+    ``forward`` names its parameters: where no gradient is wanted the compiler counts them, to see
+    whether the first is a context.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _FORWARD(*inputs)  # type: ignore[no-any-return]
+    def forward(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        vt_world_size: int,
+        interleaved: bool,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        affine, rows = (weight, bias), (running_mean, running_var, num_batches_tracked)
+        settings = momentum, eps, vt_world_size, interleaved, relu
+        return _FORWARD(input, *affine, residual, *rows, *settings)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(
@@ -270,9 +266,7 @@ class _TracedBatchNorm(torch.autograd.Function):
 class _DecomposedBatchNorm(_TracedBatchNorm):
     """The same in plain operations, for a compiler that fuses them with what comes after."""
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.forward(*inputs)
+    forward = staticmethod(reference.forward)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -281,11 +275,12 @@ class _DecomposedBatchNorm(_TracedBatchNorm):
 
 
 class _FunctorchBatchNorm(_TracedBatchNorm):
-    """The same under ``torch.func``, with rules for forward mode and vmap."""
+    """The same under ``torch.func``, with a rule for vmap."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        return _push_forward(ctx, tangents), None, None
+    def forward(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Here no transform is left that would hide how the input lies in memory.
+        return _FORWARD(in_torch_format(input), *rest)  # type: ignore[no-any-return]
 
     @staticmethod
     def vmap(
@@ -345,15 +340,20 @@ def batch_norm(
     Returns:
         the output alone.
     """
-    input = in_torch_format(input)
-    if impl != "op" and _is_exporting():
-        # An exported program keeps no autograd function, and is differentiated as it stands.
-        return reference.forward(input, weight, bias, residual, *rest)[0]
+    transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
-        function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
-        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
-    if impl == "decomposed":
-        return reference.forward(input, weight, bias, residual, *rest)[0]
-    if torch._C._are_functorch_transforms_active():
+        # An exported program keeps no autograd function, but its own gradient; and the compiler
+        # takes none that is transformed.
+        plain = transformed or (impl != "op" and _is_exporting())
+        if not plain:
+            function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
+            return function.apply(in_torch_format(input), weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+    else:
+        # A trace keeps none either, whatever was asked for.
+        tracing = torch._C._get_tracing_state() is not None
+        plain = impl == "decomposed" or tracing or _in_forward_mode()
+    if plain:
+        return reference.forward(in_torch_format(input), weight, bias, residual, *rest)[0]
+    if transformed:
         return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
-    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
+    return _BatchNorm.apply(in_torch_format(input), weight, bias, residual, rest)  # type: ignore[no-any-return]

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, hessian, jvp, vmap
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from distbn_convert.errors import ConfigurationError, InputError
 from distbn_convert.functional import dist_batch_norm
@@ -228,23 +228,56 @@ def test_func_grad_and_its_own_gradient_equal_autograd() -> None:
     torch.testing.assert_close(grad(lambda x: grad(loss)(x).sin().sum())(detached), second)
 
 
+def in_plain_operations(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Three ranks' batch norm of a batch of six, which torch can differentiate in every way.
+
+    Not the loop of F.batch_norm: torch's own second derivatives of that are wrong.
+    """
+    shares = input.reshape(3, 2, *input.shape[1:])
+    var, mean = torch.var_mean(shares, (1, 3), correction=0, keepdim=True)
+    normalized = (shares - mean) / (var + 1e-5).sqrt()
+    return (normalized * weight[:, None] + bias[:, None]).sin().sum()
+
+
+def ours(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return dist_batch_norm(input, None, None, weight, bias, vt_world_size=3).sin().sum()
+
+
 def test_func_forward_mode_and_hessian_equal_those_of_plain_operations() -> None:
-    input, weight, bias, *_ = (case.detach() for case in make_case((6, 2, 3), 3))
-
-    def ours(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return dist_batch_norm(input, None, None, weight, bias, vt_world_size=3).sin().sum()
-
-    # Not the loop of F.batch_norm: torch's own second derivative of weight and input is wrong here.
-    def plain(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        shares = input.reshape(3, 2, 2, 3)
-        var, mean = torch.var_mean(shares, (1, 3), correction=0, keepdim=True)
-        normalized = (shares - mean) / (var + 1e-5).sqrt()
-        return (normalized * weight[:, None] + bias[:, None]).sin().sum()
-
-    point = (input, weight, bias)
+    point = tuple(case.detach() for case in make_case((6, 2, 3), 3)[:3])
     tangents = tuple(torch.randn_like(value) for value in point)
-    torch.testing.assert_close(jvp(ours, point, tangents), jvp(plain, point, tangents))
-    torch.testing.assert_close(hessian(ours, (0, 1, 2))(*point), hessian(plain, (0, 1, 2))(*point))
+    results = [
+        (jvp(function, point, tangents), hessian(function, (0, 1, 2))(*point))
+        for function in (ours, in_plain_operations)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("inner", [jacfwd, jacrev])
+@pytest.mark.parametrize("outer", [jacfwd, jacrev])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_second_derivatives_are_right_in_every_order(enabled: bool, outer: Any, inner: Any) -> None:
+    point = tuple(case.detach() for case in make_case((6, 2, 3), 3)[:3])
+    with torch.set_grad_enabled(enabled):
+        found, expected = (outer(inner(f))(*point) for f in (ours, in_plain_operations))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reverse_first", [True, False])
+def test_dual_numbers_give_second_derivatives(reverse_first: bool) -> None:
+    input, weight, bias = make_case((6, 2, 3), 3)[:3]
+    tangent, found = torch.randn_like(input), []
+    for function in (ours, in_plain_operations):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(input, tangent)
+            output = function(dual, weight, bias)
+            if reverse_first:
+                (gradient,) = torch.autograd.grad(output, dual)
+                found.append(forward_ad.unpack_dual(gradient).tangent)
+            else:
+                pushed = forward_ad.unpack_dual(output).tangent
+                found += torch.autograd.grad(pushed, input)
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_vmap_equals_a_loop_and_updates_each_models_rows() -> None:

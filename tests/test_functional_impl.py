@@ -144,6 +144,26 @@ def test_decomposed_models_are_mapped_over_with_their_own_statistics() -> None:
             torch.testing.assert_close(buffers[name][index], value)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode, "frozen"])
+@pytest.mark.parametrize("impl", ["auto", "op", "decomposed"])
+def test_compiled_layers_train_their_statistics_without_gradients(
+    impl: str, without: Any, fullgraph: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), DistBatchNorm2d(5, vt_world_size=4)).double()
+    model[1].impl = impl
+    twin = copy.deepcopy(model)
+    if without == "frozen":
+        model.requires_grad_(requires_grad=False)
+        without = torch.enable_grad
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    batch = torch.randn(8, 3, 6, 6, dtype=torch.float64)
+    with without():
+        output = compiled(batch)
+    torch.testing.assert_close(output, twin(batch).detach())
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
 @EPILOGUE
 @pytest.mark.parametrize(("partition", "momentum"), [*zip(PARTITIONS, (None, 0.3), strict=True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -208,17 +208,29 @@ def test_vmap_over_stacked_models_trains_each_with_its_own_statistics(
             torch.testing.assert_close(buffers[name][index], value, rtol=1e-12, atol=1e-13)
 
 
-def test_vmap_over_stacked_models_evaluates_each() -> None:
-    models = [make_converted().eval() for _ in range(3)]
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("impl", ["op", "decomposed"])
+def test_vmap_over_stacked_models_runs_each(impl: str, training: bool, compiled: bool) -> None:
+    models = [make_converted().train(training) for _ in range(3)]
+    for norm in norms(models[0]):
+        norm.impl = impl
     parameters, buffers = stack_module_state(models)
-    before, input = copy.deepcopy(buffers), make_batch(5)
+    input = make_batch(5)
 
     def call(params: Any, buffers: Any) -> Any:
         return functional_call(models[0], (params, buffers), (input,))
 
+    mapped = vmap(call)
+    if compiled:
+        torch._dynamo.reset()
+        mapped = torch.compile(mapped, backend="aot_eager")
+    found = mapped(parameters, buffers)
     expected = torch.stack([model(input) for model in models])
-    torch.testing.assert_close(vmap(call)(parameters, buffers), expected, rtol=1e-11, atol=1e-12)
-    assert_equal(buffers, before)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    for index, model in enumerate(models):
+        for name, value in model.named_buffers():
+            torch.testing.assert_close(buffers[name][index], value, rtol=1e-12, atol=1e-13)
 
 
 # torch.export, torch.jit
@@ -248,6 +260,23 @@ def test_traced_evaluation_is_the_eager_one_at_any_batch_size(reduction: str) ->
     for samples in (1, 3, 9):
         input = make_batch(samples, torch.float32)
         torch.testing.assert_close(traced(input), ours(input))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("impl", ["auto", "op"])
+def test_traced_training_is_the_eager_one(impl: str) -> None:
+    ours = make_converted()
+    for norm in norms(ours):
+        norm.impl = impl
+    traced = torch.jit.trace(ours, make_batch())
+    twin = copy.deepcopy(ours)  # which has seen what tracing took
+    for _ in range(2):
+        batch, upstream = make_batch(), torch.randn(12, 5).double()
+        found = train_step(traced, traced, batch, upstream)
+        torch.testing.assert_close(found, train_step(twin, twin, batch, upstream))
+        torch.testing.assert_close(statistics(ours), statistics(twin))
 
 
 # torch.compile

@@ -19,6 +19,8 @@ def in_torch_format(input: Tensor) -> Tensor:
     """
     if input.is_contiguous():
         return input
+    if torch._C._are_functorch_transforms_active():  # vmap does not tell of channels_last
+        return input.contiguous()
     last = _CHANNELS_LAST.get(input.dim())
     # To suggest a format takes much longer than to look for one.
     if last and input.is_contiguous(memory_format=last):
