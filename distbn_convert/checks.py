@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,17 +72,23 @@ def check_impl(impl: str) -> None:
         )
 
 
-def check_numbers(momentum: float | None, eps: float) -> None:
-    """Raise ConfigurationError unless the layer can train with these numbers."""
+def check_numbers(momentum: Any, eps: float) -> float | None:
+    """Raise ConfigurationError unless the layer can train with these; return the momentum.
+
+    That may be of any kind of number that torch's batch norm takes: NumPy's, a tensor's.
+    """
     if eps <= 0:
         raise ConfigurationError(
             f"batch_norm eps must be positive during training, but got {eps}; "
             "use a small positive number, for example 1e-5."
         )
-    if momentum is not None and not isinstance(momentum, (int, float)):
-        raise ConfigurationError(
-            f"momentum must be a number or None, but got {momentum!r}; use for example 0.1."
-        )
+    if momentum is None or isinstance(momentum, (int, float)):
+        return momentum
+    if isinstance(momentum, Real) or (isinstance(momentum, Tensor) and momentum.numel() == 1):
+        return float(momentum)
+    raise ConfigurationError(
+        f"momentum must be a number or None, but got {momentum!r}; use for example 0.1."
+    )
 
 
 def check_statistics(

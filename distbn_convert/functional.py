@@ -108,7 +108,7 @@ def dist_batch_norm(
     check_partition(partition)
     check_activation(activation)
     check_impl(impl)
-    check_numbers(momentum, eps)
+    momentum = check_numbers(momentum, eps)
     check_statistics(momentum, running_mean, running_var, num_batches_tracked)
     check_tensors(
         input,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,13 @@ from .errors import ConfigurationError, InputError, StateDictError
 from .functional import dist_batch_norm
 from .replicas import check_reduction, evaluation_statistics, replicate
 
-__all__ = ["DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d", "DistBatchNormMixin"]
+__all__ = [
+    "ADDED_NAMES",
+    "DistBatchNorm1d",
+    "DistBatchNorm2d",
+    "DistBatchNorm3d",
+    "DistBatchNormMixin",
+]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -189,7 +195,7 @@ class DistBatchNormMixin(_BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self.input_dims:
+        if self.input_dims and input.dim() not in self.input_dims:
             expected = " or ".join(f"{dims}D" for dims in self.input_dims)
             raise InputError(
                 f"expected {expected} input (got {input.dim()}D input of shape "
@@ -222,6 +228,8 @@ class DistBatchNormMixin(_BatchNorm):
         if count is not None and count.is_meta and (local_metadata.get("version") or 1) < 2:
             # From before torch counted batches; torch would put one counter here, not one a rank.
             state_dict.setdefault(key, torch.zeros(self.num_ranks, dtype=torch.long))
+        if self._is_plain_counter(state_dict, prefix):
+            state_dict[key] = state_dict[key][0]
         for name in STATISTICS:
             own, value = getattr(self, name), state_dict.get(prefix + name)
             if own is not None and isinstance(value, Tensor) and value.dim() == own.dim() - 1:
@@ -234,12 +242,25 @@ class DistBatchNormMixin(_BatchNorm):
             own, value = getattr(self, name), state_dict.get(prefix + name)
             if own is None or not isinstance(value, Tensor) or value.dim() != own.dim():
                 continue
+            if name == "num_batches_tracked" and self._is_plain_counter(state_dict, prefix):
+                continue
             if value.shape[0] != self.num_ranks:
                 raise StateDictError(
                     f"{prefix}{name} in the checkpoint has {value.shape[0]} virtual ranks, but the "
                     f"layer has {self.num_ranks}; build the model with the checkpoint's number, or "
                     "revert the checkpoint to plain BatchNorm first, which loads with any number."
                 )
+
+    def _is_plain_counter(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether there is one counter in a vector, as torch takes it, beside plain statistics."""
+        count, mean = (state_dict.get(prefix + STATISTICS[place]) for place in (2, 0))
+        one = isinstance(count, Tensor) and count.shape == (1,)
+        return one and isinstance(mean, Tensor) and mean.dim() == 1
+
+
+# What a layer with virtual ranks has that BatchNorm has not.
+ADDED_NAMES = frozenset(dir(DistBatchNormMixin)) | {one.name for one in fields(RankSettings)}
+ADDED_NAMES -= frozenset(dir(_BatchNorm))
 
 
 class DistBatchNorm1d(DistBatchNormMixin, nn.BatchNorm1d):
@@ -304,7 +325,8 @@ class DistBatchNorm2d(DistBatchNormMixin, nn.BatchNorm2d):
     Note:
         Under activation checkpointing the recomputation updates the statistics a second time, as
         with BatchNorm; with ``accumulation_steps > 1`` it would also take the next micro-step's
-        rows, so do not combine the two.
+        rows, so do not combine the two. So would the second call of a layer that a forward calls
+        twice (shared weights, siamese networks).
 
     Example::
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .checks import IMPLEMENTATIONS
 from .errors import ConfigurationError, ConversionError, UnsupportedModuleError
-from .layers import STATISTICS, DistBatchNormMixin, RankSettings
+from .layers import ADDED_NAMES, STATISTICS, DistBatchNormMixin, RankSettings
 from .registry import dist_class_of
 
 __all__ = ["ConversionPlan", "FilterFn", "PlanEntry", "plan_conversion", "walk"]
@@ -280,11 +280,13 @@ def _why_unsupported(module: _BatchNorm) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward was replaced on the instance; convert before patching it"
-    taken = [one.name for one in fields(RankSettings) if one.name in vars(module)]
-    if taken or vars(module).get("impl", "auto") not in IMPLEMENTATIONS:
-        name = (*taken, "impl")[0]
+    own = vars(module)
+    taken = ADDED_NAMES & {*own, *module._modules, *module._parameters, *module._buffers}
+    if own.get("impl") in IMPLEMENTATIONS:
+        taken -= {"impl"}
+    if taken:
         return (
-            f"it has an attribute {name} of its own, which a layer with virtual ranks needs; "
+            f"it has an attribute {min(taken)} of its own, which a layer with virtual ranks needs; "
             "rename it first"
         )
     shapes = ((module.num_features,), (module.num_features,), ())

@@ -129,22 +129,29 @@ class _Watcher:
         zeros = torch.zeros_like(rows, dtype=wide)
         self.moments: Moments = (zeros[:, :1].clone(), zeros, zeros.clone())
 
-    def before(self, *_: Any) -> None:
+    def check_input_dim(self, input: Tensor) -> None:
+        """Note what is normalised: a subclass may have reshaped its input."""
+        type(self.layer)._check_input_dim(self.layer, input)
+        self.shape = input.shape
+
+    def before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forget the last batch."""
+        # Of layers that normalise without that check it is the input.
+        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.shape = next(inputs).shape
         for name in ("running_mean", "running_var"):
             self.buffers[name].zero_()
         count = self.buffers.get("num_batches_tracked")
         self.count = None if count is None else count.clone()
 
-    def after(self, _: nn.Module, args: Any, kwargs: dict[str, Any], __: Any) -> None:
+    def after(self, *_: Any) -> None:
         """Add this batch, rank by rank."""
-        input = args[0] if args else kwargs["input"]
         values, mean, _deviations = self.moments
-        samples = values.new_tensor(share_sizes(len(input), self.ranks))
+        samples = values.new_tensor(share_sizes(self.shape[0], self.ranks))
         seen = values.new_ones(len(values) // self.ranks, self.ranks)
         if self.count is not None:  # of several micro-steps, the one that this batch was
             seen = (self.buffers["num_batches_tracked"] > self.count).view_as(seen)
-        batch = (seen * samples).view_as(values) * input.shape[2:].numel()
+        batch = (seen * samples).view_as(values) * self.shape[2:].numel()
         new_mean = self.buffers["running_mean"].to(mean).view_as(mean)
         new_var = self.buffers["running_var"].to(mean).view_as(mean)
         new = (batch, new_mean, new_var * (batch - 1).clamp(min=0))  # undoes Bessel's correction
@@ -200,9 +207,11 @@ def _estimating(model: nn.Module, watchers: list[_Watcher]) -> Iterator[None]:
         model.eval()
         for watcher in watchers:
             watcher.layer.training, watcher.layer.momentum = True, 1.0
+            watcher.layer._check_input_dim = watcher.check_input_dim
+            stack.callback(delattr, watcher.layer, "_check_input_dim")
             for handle in (
-                watcher.layer.register_forward_pre_hook(watcher.before),
-                watcher.layer.register_forward_hook(watcher.after, with_kwargs=True),
+                watcher.layer.register_forward_pre_hook(watcher.before, with_kwargs=True),
+                watcher.layer.register_forward_hook(watcher.after),
             ):
                 stack.callback(handle.remove)
         try:

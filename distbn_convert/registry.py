@@ -7,9 +7,16 @@ import importlib
 import sys
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import RegistryError
-from .layers import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistBatchNormMixin
+from .layers import (
+    ADDED_NAMES,
+    DistBatchNorm1d,
+    DistBatchNorm2d,
+    DistBatchNorm3d,
+    DistBatchNormMixin,
+)
 
 __all__ = ["dist_class_of", "plain_class_of", "register_pair"]
 
@@ -35,7 +42,8 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
 
     Args:
         plain: **type**, the class to convert; matched exactly, subclasses of it are not.
-        dist: **type**, derives from ``plain`` and from DistBatchNorm1d, 2d or 3d.
+        dist: **type**, derives from ``plain`` and from DistBatchNorm1d, 2d or 3d; from
+            DistBatchNormMixin, if ``plain`` derives from torch's ``_BatchNorm`` alone.
 
     Raises:
         RegistryError: a class does not fit, or ``plain`` or ``dist`` is already registered.
@@ -49,9 +57,11 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
         ...     pass
         >>> register_pair(BatchNormReLU, DistBatchNormReLU)
     """
-    if not (isinstance(plain, type) and issubclass(plain, tuple(_DIMENSIONS))):
+    if not (isinstance(plain, type) and issubclass(plain, _BatchNorm)) or issubclass(
+        plain, nn.SyncBatchNorm
+    ):
         raise RegistryError(
-            f"plain must be a subclass of BatchNorm1d, 2d or 3d, but got {plain!r}; "
+            f"plain must be a subclass of torch's BatchNorm, not SyncBatchNorm, but got {plain!r}; "
             "give the class itself."
         )
     if issubclass(plain, DistBatchNormMixin):
@@ -59,7 +69,14 @@ def register_pair(plain: type[nn.Module], dist: type[DistBatchNormMixin]) -> Non
             f"plain must be a class without virtual ranks, but got {plain.__name__}; "
             "give the one that it stands for."
         )
-    base = next(dist for torchs, dist in _DIMENSIONS.items() if issubclass(plain, torchs))
+    taken = sorted(name for name in ADDED_NAMES if hasattr(plain, name))
+    if taken:
+        raise RegistryError(
+            f"expected a class without the names of a layer with virtual ranks, but "
+            f"{plain.__name__} has {', '.join(taken)}; rename that."
+        )
+    bases = (dist for torchs, dist in _DIMENSIONS.items() if issubclass(plain, torchs))
+    base = next(bases, DistBatchNormMixin)
     advice = f"write class Dist{plain.__name__}({plain.__name__}, {base.__name__}): ..."
     if not (isinstance(dist, type) and issubclass(dist, plain) and issubclass(dist, base)):
         raise RegistryError(

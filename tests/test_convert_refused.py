@@ -205,10 +205,21 @@ def test_layers_that_would_lose_behaviour_are_refused_or_left_alone(make: Any, m
     assert type(left) is kinds[3]
 
 
-@pytest.mark.parametrize("name", ["partition", "accumulation_steps", "impl"])
-def test_an_attribute_of_yours_that_a_layer_needs_is_not_overwritten(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("partition", "mine"),
+        ("accumulation_steps", 2),
+        ("impl", "mine"),
+        ("normalize", True),
+        ("normalize", nn.Tanh()),
+        ("num_ranks", nn.Parameter(torch.ones(1))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_an_attribute_of_yours_that_a_layer_needs_is_not_overwritten(name: str, value: Any) -> None:
     model = small_net()
-    setattr(model[1], name, "mine")
+    setattr(model[1], name, value)
     before = snapshot(model)
     with pytest.raises(UnsupportedModuleError, match=f"an attribute {name} of its own.*rename it"):
         convert_model(model, 4)

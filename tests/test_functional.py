@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -314,6 +315,15 @@ def test_vmap_refuses_to_write_rows_that_are_not_batched() -> None:
     mean, var = torch.zeros(2, 4), torch.ones(2, 4)
     with pytest.raises(ConfigurationError, match="map over the buffers too"):
         vmap(lambda x: dist_batch_norm(x, mean, var, vt_world_size=2))(torch.randn(3, 6, 4, 5))
+
+
+@pytest.mark.parametrize("momentum", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), 1])
+def test_momentum_may_be_any_kind_of_number(momentum: Any) -> None:
+    input = torch.randn(8, 3, 2)
+    rows = [(torch.zeros(2, 3), torch.ones(2, 3)) for _ in range(2)]
+    dist_batch_norm(input, *rows[0], vt_world_size=2, momentum=momentum)
+    dist_batch_norm(input, *rows[1], vt_world_size=2, momentum=float(momentum))
+    torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])

@@ -292,6 +292,20 @@ def test_own_checkpoint_loads_row_by_row() -> None:
     assert torch.equal(twin.running_mean, layer.running_mean)
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_plain_checkpoint_with_its_counter_in_a_vector_loads_as_in_torch(ranks: int) -> None:
+    plain = trained(nn.BatchNorm2d(6))
+    state = plain.state_dict()
+    state["num_batches_tracked"] = state["num_batches_tracked"][None]
+    nn.BatchNorm2d(6).load_state_dict(state)
+    layer = DistBatchNorm2d(6, vt_world_size=ranks)
+    layer.load_state_dict(state)
+    assert layer.num_batches_tracked.tolist() == [int(plain.num_batches_tracked)] * ranks
+    own = DistBatchNorm2d(6, vt_world_size=1).state_dict()  # is that of one rank
+    with pytest.raises(StateDictError, match="has 1 virtual ranks, but the layer has 4"):
+        DistBatchNorm2d(6, vt_world_size=4).load_state_dict(own)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_checkpoint_with_other_ranks_is_refused_naming_both_numbers(strict: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), DistBatchNorm2d(6, vt_world_size=4))

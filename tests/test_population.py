@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distbn_convert import DistBatchNorm2d, convert_model, recalibrate, revert_model
+from distbn_convert import (
+    DistBatchNorm1d,
+    DistBatchNorm2d,
+    convert_model,
+    recalibrate,
+    register_pair,
+    revert_model,
+)
 from distbn_convert.errors import (
     ConfigurationError,
     InputError,
@@ -60,6 +67,41 @@ def test_pooled_gives_every_rank_the_statistics_of_all_the_data() -> None:
     mean, var = population(make_batches())
     torch.testing.assert_close(layer.running_mean, mean.expand(4, 3), **CLOSE)
     torch.testing.assert_close(layer.running_var, var.expand(4, 3), **CLOSE)
+
+
+class OfTokens(nn.BatchNorm1d):
+    """Takes ``[B, L, C]``, and normalises it by channels."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class DistOfTokens(OfTokens, DistBatchNorm1d):
+    pass
+
+
+register_pair(OfTokens, DistOfTokens)
+
+
+class Named(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.norm(x=tokens)
+
+
+@pytest.mark.parametrize("ranks", [None, 1])
+def test_what_is_normalised_is_counted_not_what_the_layer_is_given(ranks: int | None) -> None:
+    batches = [torch.randn(4, length, 3, dtype=torch.float64) * length for length in (2, 2, 8)]
+    model = Named(OfTokens(3).double())
+    model = model if ranks is None else convert_model(model, ranks)
+    recalibrate(model, batches)
+    var, mean = torch.var_mean(torch.cat([b.flatten(0, 1) for b in batches]), 0, correction=0)
+    torch.testing.assert_close(model.norm.running_mean.view(3), mean, **CLOSE)
+    torch.testing.assert_close(model.norm.running_var.view(3), var, **CLOSE)
+    assert "_check_input_dim" not in vars(model.norm)
 
 
 def test_micro_steps_go_to_their_own_rows() -> None:
