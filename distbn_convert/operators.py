@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from .errors import ConfigurationError
 from .kernels import has_kernel, keeps_output, reference, select_backend
 from .kernels.layout import in_torch_format
+from .kernels.partition import is_exporting
 
 __all__ = ["batch_norm"]
 
@@ -306,14 +307,6 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
         return (output, mean, rstd), (0, 0, 0)
 
 
-def _is_exporting() -> bool:
-    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell.
-
-    The flag itself: to the compiler of torch 2.11, ``is_exporting()`` is whether it traces at all.
-    """
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-
-
 def _decomposes(impl: str, input: Tensor) -> bool:
     """Say whether a compiler is given plain operations, and not the operator."""
     return impl == "decomposed" or (impl == "auto" and not has_kernel(input.device, input.dtype))
@@ -344,7 +337,7 @@ def batch_norm(
     if torch.compiler.is_compiling():
         # An exported program keeps no autograd function, but its own gradient; and the compiler
         # takes none that is transformed.
-        plain = transformed or (impl != "op" and _is_exporting())
+        plain = transformed or (impl != "op" and is_exporting())
         if not plain:
             function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
             return function.apply(in_torch_format(input), weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]

@@ -241,6 +241,29 @@ def test_exported_layer_holds_plain_operations_and_trains(
     torch.testing.assert_close(*results, rtol=eps, atol=eps)
 
 
+@since_torch(2, 7, "it cannot be told that a program is exported")
+@pytest.mark.parametrize("size", [torch.export.Dim("batch", min=4), torch.export.Dim.AUTO], ids=str)
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("example", [8, 9])
+def test_exported_layer_trains_on_every_batch_with_samples_for_all_ranks(
+    example: int, partition: str, size: Any
+) -> None:
+    layer = DistBatchNorm2d(3, vt_world_size=4, partition=partition).double()
+    inputs = torch.randn(16, 3, 2, 2, dtype=torch.float64)
+    sizes = ({0: size},)
+    program = torch.export.export(
+        copy.deepcopy(layer), (inputs[:example],), dynamic_shapes=sizes
+    ).module()
+    for samples in (8, 9, 4, 16, 11):
+        results = []
+        for model in (layer, program):
+            input = inputs[:samples].clone().requires_grad_()
+            output = model(input)
+            output.sin().sum().backward()
+            results.append([output, input.grad, *model.buffers()])
+        torch.testing.assert_close(*results)
+
+
 def test_layers_have_it_as_an_attribute_that_conversion_keeps() -> None:
     layer = DistBatchNorm2d(5, vt_world_size=4)
     assert layer.impl == "auto"

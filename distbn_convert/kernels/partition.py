@@ -8,12 +8,31 @@ block ``v`` of the batch (contiguous) or the samples ``p`` with ``p % V == v``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["PARTITIONS", "gather_ranks", "scatter_ranks", "share_of", "share_sizes"]
+__all__ = [
+    "PARTITIONS",
+    "divides",
+    "gather_ranks",
+    "is_exporting",
+    "is_open",
+    "scatter_ranks",
+    "share_of",
+    "share_sizes",
+]
 
 PARTITIONS = ("contiguous", "interleaved")
+
+
+def is_exporting() -> bool:
+    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell.
+
+    The flag itself: to the compiler of torch 2.11, ``is_exporting()`` is whether it traces at all.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def share_of(num_samples: int, vt_world_size: int) -> tuple[int, int]:
@@ -22,6 +41,22 @@ def share_of(num_samples: int, vt_world_size: int) -> tuple[int, int]:
     Not ``divmod``: a compiler that keeps the batch size symbolic has none.
     """
     return num_samples // vt_world_size, num_samples % vt_world_size
+
+
+def is_open(size: object) -> bool:
+    """Say whether a program is exported for every size like this: a question would bind it."""
+    return isinstance(size, torch.SymInt) and is_exporting()
+
+
+def divides(vt_world_size: int, num_samples: int) -> bool:
+    """Say whether all shares are alike, so that a batch need only be viewed by rank."""
+    remainder: Any = num_samples % vt_world_size
+    if is_open(remainder):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(remainder == 0)
+    even: bool = remainder == 0  # symbolic to a compiler, which branches on it
+    return even
 
 
 def share_sizes(num_samples: int, vt_world_size: int) -> tuple[int, ...]:
@@ -42,7 +77,7 @@ def gather_ranks(samples: Tensor, vt_world_size: int, interleaved: bool) -> Tens
         ``Tensor[V, ceil(N / V), C]``; the missing samples of shorter shares are zeros.
     """
     q, r = share_of(samples.shape[0], vt_world_size)
-    if not r:
+    if divides(vt_world_size, samples.shape[0]):
         if interleaved:
             return samples.reshape(q, vt_world_size, samples.shape[1]).transpose(0, 1)
         return samples.reshape(vt_world_size, q, samples.shape[1])
@@ -71,7 +106,7 @@ def scatter_ranks(ranks: Tensor, num_samples: int, interleaved: bool) -> Tensor:
     """
     vt_world_size, channels = ranks.shape
     q, r = share_of(num_samples, vt_world_size)
-    if not r:
+    if divides(vt_world_size, num_samples):
         if interleaved:
             return ranks.repeat(q, 1)
         return ranks[:, None].expand(-1, q, -1).reshape(num_samples, channels)
