@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..convert import convert_model, revert_model
 from ..errors import ConfigurationError
@@ -25,8 +25,8 @@ class VirtualRanks(Callback):
     """Train a LightningModule as V devices under Lightning's DDP would.
 
     At setup the module is converted. When fitting starts, each ``DataLoader`` for training that
-    counts samples (no batch sampler of yours) is dealt by
-    :class:`~distbn_convert.VirtualDistributedSampler`, as Lightning gives loaders a
+    counts samples (no batch sampler of yours), also in a dict, a list or a ``CombinedLoader``, is
+    dealt by :class:`~distbn_convert.VirtualDistributedSampler`, as Lightning gives loaders a
     ``DistributedSampler`` under DDP: ``batch_size`` is then that of one virtual rank, so that a
     script for V devices runs unchanged on one. Checkpoints hold the rows of all ranks.
 
@@ -37,7 +37,8 @@ class VirtualRanks(Callback):
         **options: for :func:`~distbn_convert.convert_model`.
 
     Raises:
-        ConfigurationError: a training loader has a sampler whose order cannot be dealt.
+        ConfigurationError: a training loader has a sampler whose order cannot be dealt, or a
+            ``VirtualDistributedSampler`` for other ranks.
         ConversionError: as :func:`~distbn_convert.convert_model`, when the Trainer starts.
 
     Note:
@@ -60,48 +61,62 @@ class VirtualRanks(Callback):
         """Convert the module before checkpoints are loaded and before it is wrapped."""
         convert_model(pl_module, self.vt_world_size, **self.options)
         if stage == "fit" and self.sampler:
-            source = trainer.fit_loop._data_source
-            loaders = source.dataloader
-            source.dataloader = lambda: tree_map_only(DataLoader, self.deal, loaders())  # type: ignore[method-assign]
+            self._deal_for(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer's loaders to it."""
+        vars(trainer.strategy).pop("process_dataloader", None)
+
+    def _deal_for(self, trainer: Any) -> None:
+        """Deal each loader when the strategy gets it: whatever held it, and not to be shuffled."""
+        process = trainer.strategy.process_dataloader
+
+        def deal(loader: object) -> object:
+            if trainer.training and isinstance(loader, DataLoader):
+                loader = self.deal(loader)
+                if trainer.overfit_batches:  # wants the same batches in each epoch
+                    loader.batch_sampler.sampler = None  # type: ignore[union-attr]
+            return process(loader)
+
+        trainer.strategy.process_dataloader = deal
 
     def deal(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """Return the same loader with the batches of V ranks."""
+        """Return a copy of the loader, with all that it has, whose batches are those of V ranks."""
         batches = loader.batch_sampler
+        ranks = {
+            "vt_world_size": self.vt_world_size,
+            "partition": self.options.get("partition", "contiguous"),
+            "accumulation_steps": self.options.get("accumulation_steps", 1),
+        }
         if isinstance(batches, VirtualDistributedSampler):
+            given = {name: getattr(batches, name) for name in ranks}
+            if given != ranks:
+                raise ConfigurationError(
+                    f"expected a VirtualDistributedSampler for the ranks of the layers, {ranks}, "
+                    f"but got one for {given}; make the loader anew for the former."
+                )
+            vars(batches)["sampler"] = batches  # where Lightning looks for set_epoch
             return loader
-        order = type(loader.sampler)
-        plain = type(batches) is torch.utils.data.BatchSampler
-        if not plain or order not in (RandomSampler, SequentialSampler):
-            name = order.__name__ if plain else type(batches).__name__
-            raise ConfigurationError(
-                "expected a DataLoader with shuffle=True or False, but its samples come from "
-                f"{name}, whose order cannot be dealt to virtual ranks; give the loader a "
-                "VirtualDistributedSampler as batch_sampler, or pass sampler=False."
-            )
+        _raise_unless_dealable(loader)
         sampler: Any = VirtualDistributedSampler(
             loader.dataset,  # type: ignore[arg-type]
             loader.batch_size,  # type: ignore[arg-type]
-            self.vt_world_size,
-            shuffle=order is RandomSampler,
+            shuffle=type(loader.sampler) is RandomSampler,
             seed=int(os.getenv("PL_GLOBAL_SEED", "0")),
             drop_last_batch=loader.drop_last,
-            partition=self.options.get("partition", "contiguous"),
-            accumulation_steps=self.options.get("accumulation_steps", 1),
+            **ranks,
         )
-        sampler.sampler = sampler  # Lightning looks for set_epoch at batch_sampler.sampler
-        return DataLoader(
-            loader.dataset,
+        sampler.sampler = sampler
+        # A new one would need the arguments of a class of yours, which it need not have kept.
+        dealt = copy.copy(loader)
+        vars(dealt).update(
             batch_sampler=sampler,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
+            sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
+            batch_size=None,
+            drop_last=False,
+            _iterator=None,
         )
+        return dealt
 
     @contextmanager
     def reverted(
@@ -127,3 +142,26 @@ class VirtualRanks(Callback):
             for module, saved in rows.items():
                 for name, buffer in saved.items():
                     getattr(module, name).copy_(buffer)
+
+
+def _raise_unless_dealable(loader: DataLoader[Any]) -> None:
+    """Refuse a loader whose batches come from elsewhere than the order of a plain one."""
+    instead = "give the loader a VirtualDistributedSampler as batch_sampler, or pass sampler=False"
+    order, batches = type(loader.sampler), type(loader.batch_sampler)
+    plain = batches is torch.utils.data.BatchSampler
+    if not plain or order not in (RandomSampler, SequentialSampler):
+        if issubclass(order, DistributedSampler):
+            instead = (
+                f"pass use_distributed_sampler=False to the Trainer if it is not yours; {instead}"
+            )
+        raise ConfigurationError(
+            "expected a DataLoader with shuffle=True or False, but its samples come from "
+            f"{(order if plain else batches).__name__}, whose order cannot be dealt to virtual "
+            f"ranks; {instead}."
+        )
+    for name, value in vars(loader).items():
+        if name not in ("dataset", "_iterator") and isinstance(value, Iterator):
+            raise ConfigurationError(
+                "expected a DataLoader that makes its batches when iterated, but "
+                f"{type(loader).__name__} has begun with them in {name!r}; {instead}."
+            )

@@ -7,8 +7,17 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from distbn_convert import VirtualDistributedSampler, convert_model, revert_model
 from distbn_convert.errors import ConfigurationError
@@ -47,19 +56,46 @@ def make_loader(**options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*ddp.make_data(loaders.SAMPLES)), **options)
 
 
-def fit(module: Any, callback: Any, loader: Any = None, epochs: int = ddp.EPOCHS) -> Any:
+def fit(
+    module: Any, callbacks: Any, loader: Any = None, epochs: int = ddp.EPOCHS, **options: Any
+) -> Any:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        callbacks=[callback],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, loader)
     return trainer
+
+
+class Recorder(L.LightningModule):
+    """Writes down the samples of each batch, of all loaders at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.BatchNorm1d(1)
+        self.trained: list[Any] = []
+        self.validated: list[Any] = []
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        self.trained.append(tree_map(lambda samples: samples.flatten().tolist(), batch))
+        return sum(self.layer(samples).sum() for samples in tree_leaves(batch))
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.validated.append(batch.flatten().tolist())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def count(samples: int = 64, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
+    return DataLoader(torch.arange(float(samples))[:, None], batch_size, **options)
 
 
 @pytest.mark.parametrize("source", ["argument", "module"])
@@ -93,15 +129,116 @@ def test_without_the_sampler_the_loaders_batches_are_cut_as_they_are() -> None:
         torch.testing.assert_close(module.net.state_dict()[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
+def test_the_loaders_in_a_combined_loader_are_dealt(mode: Any) -> None:
+    module, plain = Recorder(), Recorder()
+    fit(module, VirtualRanks(4), CombinedLoader({"a": count(), "b": count(32)}, mode), epochs=1)
+    steps = {"min_size": 2, "max_size_cycle": 4}[mode]
+    sampler = VirtualDistributedSampler(range(64), 4, 4, shuffle=False)
+    assert [batch["a"] for batch in module.trained] == list(sampler)[:steps]
+    assert [len(batch["b"]) for batch in module.trained] == [16] * steps
+    fit(plain, VirtualRanks(4), {"a": count(), "b": count(32)}, epochs=1)
+    assert plain.trained[:steps] == module.trained
+
+
+def test_only_training_is_dealt() -> None:
+    module = Recorder()
+    module.val_dataloader = lambda: count(16)
+    trainer = fit(module, VirtualRanks(4), count(), epochs=1, num_sanity_val_steps=0)
+    assert [len(batch) for batch in module.validated] == [4] * 4
+    trainer.callbacks.clear()
+    trainer.fit_loop.max_epochs = 2
+    plain = Recorder()
+    trainer.fit(plain, count())  # without the callback, as it comes
+    assert [len(batch) for batch in plain.trained] == [4] * 16
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_overfitting_sees_the_same_batch_in_each_epoch(given: bool) -> None:
+    loader = count(shuffle=True)
+    if given:
+        sampler = VirtualDistributedSampler(range(64), 4, 4)
+        loader = DataLoader(loader.dataset, batch_sampler=sampler)
+    module = Recorder()
+    fit(module, VirtualRanks(4), loader, epochs=3, overfit_batches=1)
+    batch = module.trained[0]
+    assert module.trained == [batch] * 3
+    assert given or batch == [rank + 4 * sample for rank in range(4) for sample in range(4)]
+
+
+def test_a_sampler_of_yours_is_told_the_epoch() -> None:
+    module, sampler = Recorder(), VirtualDistributedSampler(range(64), 4, 4)
+    fit(module, VirtualRanks(4), DataLoader(count().dataset, batch_sampler=sampler))
+    expected = []
+    for epoch in range(ddp.EPOCHS):
+        sampler.set_epoch(epoch)
+        expected += list(sampler)
+    assert module.trained == expected
+
+
+@pytest.mark.parametrize("options", [{"vt_world_size": 2}, {"partition": "interleaved"}])
+def test_a_sampler_for_other_ranks_is_refused(options: dict[str, Any]) -> None:
+    sampler = VirtualDistributedSampler(range(64), 4, **{"vt_world_size": 4, **options})
+    with pytest.raises(ConfigurationError, match="the ranks of the layers"):
+        VirtualRanks(4).deal(DataLoader(range(64), batch_sampler=sampler))
+
+
+class Twice(DataLoader[Any]):
+    def __init__(self, *args: Any, times: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._times = times
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            yield from [batch] * self._times
+
+
+@pytest.mark.parametrize("source", ["argument", "module"])
+def test_a_loader_of_a_class_of_yours_stays_one(source: str) -> None:
+    module, calls = Recorder(), []
+
+    def load() -> DataLoader[Any]:
+        calls.append(loader := Twice(torch.arange(64.0)[:, None], 4, False, times=2))
+        return loader
+
+    if source == "module":
+        module.train_dataloader = load
+    callback = VirtualRanks(4)
+    trainer = fit(module, callback, load() if source == "argument" else None, epochs=1)
+    dealt = trainer.train_dataloader
+    assert type(dealt) is Twice
+    assert dealt is not calls[0]
+    assert calls[0].batch_size == 4
+    batches = list(VirtualDistributedSampler(range(64), 4, 4, shuffle=False))
+    assert [batch.flatten().tolist() for batch in dealt] == [b for b in batches for _ in range(2)]
+
+
+def test_a_loader_that_has_begun_with_its_own_batches_is_refused() -> None:
+    loader = count()
+    loader.ahead = iter(loader)
+    with pytest.raises(ConfigurationError, match="'ahead'"):
+        VirtualRanks(4).deal(loader)
+
+
 def test_the_dealt_loader_keeps_the_options_of_the_first() -> None:
     def collate(samples: list[Any]) -> int:
         return len(samples)
 
     loader = make_loader(
-        drop_last=True, num_workers=1, collate_fn=collate, persistent_workers=True, shuffle=False
+        drop_last=True,
+        num_workers=1,
+        collate_fn=collate,
+        persistent_workers=True,
+        shuffle=False,
+        in_order=False,
     )
     dealt = VirtualRanks(4).deal(loader)
-    assert (dealt.num_workers, dealt.persistent_workers) == (1, True)
+    assert (dealt.num_workers, dealt.persistent_workers, dealt.in_order) == (1, True, False)
+    assert (dealt.batch_size, dealt.drop_last, type(dealt.sampler)) == (
+        None,
+        False,
+        SequentialSampler,
+    )
     assert dealt.collate_fn is collate
     assert dealt.batch_sampler.shuffle is False
     assert [len(batch) for batch in dealt.batch_sampler] == [16, 16]
@@ -112,6 +249,10 @@ def test_the_dealt_loader_keeps_the_options_of_the_first() -> None:
     ("options", "name"),
     [
         ({"sampler": WeightedRandomSampler([1.0] * 42, 42), "shuffle": None}, "WeightedRandomSam"),
+        (
+            {"sampler": DistributedSampler(range(42), 2, 0), "shuffle": None},
+            "DistributedSampler.*pass use_distributed_sampler=False",
+        ),
         (
             {
                 "batch_sampler": type("Buckets", (BatchSampler,), {})(range(42), 4, False),
@@ -125,6 +266,14 @@ def test_the_dealt_loader_keeps_the_options_of_the_first() -> None:
 def test_an_order_that_cannot_be_dealt_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"its samples come from {name}"):
         VirtualRanks(4).deal(make_loader(**options))
+
+
+def test_a_refused_loader_leaves_torchs_class_as_it_was() -> None:
+    before = DataLoader.__init__
+    loader = make_loader(sampler=WeightedRandomSampler([1.0] * 42, 42), shuffle=None)
+    with pytest.raises(ConfigurationError, match="WeightedRandomSampler"):
+        fit(make_module(), VirtualRanks(4), loader)
+    assert DataLoader.__init__ is before
 
 
 def test_an_export_sees_a_plain_module_that_has_its_ranks_again_afterwards() -> None:
