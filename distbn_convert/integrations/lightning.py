@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 from ..convert import convert_model, revert_model
 from ..errors import ConfigurationError
-from ..layers import DistBatchNormMixin
+from ..layers import DistBatchNormMixin, RankSettings
 from ..samplers import VirtualDistributedSampler
 from ..sync import running_statistics
 
@@ -124,24 +124,37 @@ class VirtualRanks(Callback):
     ) -> Iterator[LightningModule]:
         """Make the module plain for an export; afterwards it has its ranks again.
 
+        All layers with virtual ranks are reverted and restored, whatever converted them.
+
         Args:
             pl_module: **LightningModule**, converted.
             reduction: as in :func:`~distbn_convert.revert_model`. Default: ``"mean"``
             rank: as there. Default: 0
         """
-        rows = {
-            module: {name: buffer.clone() for name, buffer in running_statistics(module).items()}
-            for module in pl_module.modules()
-            if isinstance(module, DistBatchNormMixin)
-        }
+        modules = list(pl_module.modules())
+        layers = [module for module in modules if isinstance(module, DistBatchNormMixin)]
+        kinds = [type(layer) for layer in layers]
+        settings = [
+            {name: getattr(layer, name) for name in RankSettings.__dataclass_fields__}
+            for layer in layers
+        ]
+        statistics = [running_statistics(layer) for layer in layers]
+        hooks = [module._load_state_dict_pre_hooks.copy() for module in modules]
         revert_model(pl_module, reduction, rank)
+        for module, before in zip(modules, hooks, strict=True):
+            for key in module._load_state_dict_pre_hooks:
+                del before[key]  # what is left is what reverting took away
         try:
             yield pl_module
         finally:
-            convert_model(pl_module, self.vt_world_size, **self.options)
-            for module, saved in rows.items():
-                for name, buffer in saved.items():
-                    getattr(module, name).copy_(buffer)
+            for layer, kind, values, rows in zip(layers, kinds, settings, statistics, strict=True):
+                layer.__class__ = kind
+                vars(layer).update(values)
+                for name, buffer in rows.items():
+                    # To where, and the dtype in which, the export has left the layer.
+                    layer._buffers[name] = buffer.to(layer._buffers[name])
+            for module, removed in zip(modules, hooks, strict=True):
+                module._load_state_dict_pre_hooks.update(removed)
 
 
 def _raise_unless_dealable(loader: DataLoader[Any]) -> None:

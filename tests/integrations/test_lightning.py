@@ -294,3 +294,28 @@ def test_an_export_sees_a_plain_module_that_has_its_ranks_again_afterwards() -> 
     assert module.net[1].running_mean.shape == (4, 8)
     fit(module, callback, make_loader(), epochs=1)  # converted already: nothing to do
     assert module.net[1].num_batches_tracked.tolist() == [6] * 4
+
+
+def test_an_export_leaves_layers_that_were_converted_elsewhere_as_they_were() -> None:
+    module = make_module()
+    convert_model(module.net[1], 2, eval_reduction="select", eval_rank=1)
+    callback = VirtualRanks(4, filter_fn=lambda _, name: name == "net.4")
+    fit(module, callback, make_loader(), epochs=1)
+    before = copy.deepcopy(module.net.state_dict())
+    hooks = [dict(part._load_state_dict_pre_hooks) for part in module.modules()]
+    with callback.reverted(module):
+        assert [type(module.net[i]) for i in (1, 4)] == [nn.BatchNorm2d] * 2
+    layer = module.net[1]
+    assert (layer.vt_world_size, layer.eval_reduction, layer.eval_rank) == (2, "select", 1)
+    for name, value in before.items():
+        assert torch.equal(module.net.state_dict()[name], value)
+    assert [dict(part._load_state_dict_pre_hooks) for part in module.modules()] == hooks
+
+
+def test_what_an_export_does_to_the_dtype_stays() -> None:
+    module = convert_model(make_module(), 4)
+    with VirtualRanks(4).reverted(module):
+        module.net[1].running_mean.fill_(7)
+        module.float()
+    assert {value.dtype for value in module.state_dict().values()} == {torch.float32, torch.int64}
+    assert module.net[1].running_mean.eq(0).all()
