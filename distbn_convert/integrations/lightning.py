@@ -6,10 +6,11 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..convert import convert_model, revert_model
@@ -44,7 +45,9 @@ class VirtualRanks(Callback):
     Note:
         Build the layers in the module's ``__init__``: ``configure_model`` runs after the
         conversion. The seed is Lightning's (``seed_everything``), else 0, as under its DDP.
-        With several processes pass ``use_distributed_sampler=False`` to the Trainer.
+        With several processes pass ``use_distributed_sampler=False`` to the Trainer. Lightning's
+        ``WeightAveraging`` may come before or after; put this callback before one of yours that
+        copies the module in its ``setup``.
 
     Example::
 
@@ -60,6 +63,11 @@ class VirtualRanks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module before checkpoints are loaded and before it is wrapped."""
         convert_model(pl_module, self.vt_world_size, **self.options)
+        averaging = getattr(callbacks, "WeightAveraging", ())  # older Lightnings have none
+        others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in takewhile(lambda other: other is not self, others):
+            if isinstance(callback, averaging):  # it has copied the module without ranks
+                callback.setup(trainer, pl_module, stage)
         if stage == "fit" and self.sampler:
             self._deal_for(trainer)
 

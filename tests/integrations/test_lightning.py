@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
     BatchSampler,
@@ -319,3 +320,25 @@ def test_what_an_export_does_to_the_dtype_stays() -> None:
         module.float()
     assert {value.dtype for value in module.state_dict().values()} == {torch.float32, torch.int64}
     assert module.net[1].running_mean.eq(0).all()
+
+
+@pytest.mark.skipif(
+    not hasattr(L.callbacks, "EMAWeightAveraging"), reason="needs a Lightning that averages"
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_are_averaged_whichever_callback_is_first(first: bool) -> None:
+    average = L.callbacks.EMAWeightAveraging(decay=0.5)
+    module = make_module()
+    order = (average, VirtualRanks(4)) if first else (VirtualRanks(4), average)
+    fit(module, list(order), make_loader(shuffle=False), epochs=1)
+    model = convert_model(ddp.make_model(), 4)
+    averaged = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    sampler = VirtualDistributedSampler(range(loaders.SAMPLES), ddp.SHARE, 4, shuffle=False)
+    optimizer = ddp.make_optimizer(model)
+    for images, labels in loaders.make_loader(sampler):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    for name, value in averaged.module.state_dict().items():
+        torch.testing.assert_close(module.net.state_dict()[name], value, rtol=1e-9, atol=1e-9)
