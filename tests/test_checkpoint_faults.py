@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -20,9 +21,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distbn_convert.checkpoint import convert_checkpoint
+from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
+from distbn_convert.errors import FileAccessError, OutputExistsError
 
 from .checkpoints import contents
+from .places import restrict
 
 ROOT = Path(__file__).parent.parent
 OLD = b"an older output"
@@ -330,11 +333,72 @@ def test_a_signal_while_a_checkpoint_is_converted_in_place(
     kept = scene.place / "out.bak"
     if kept.exists():
         assert backup, told
-        assert number == signal.SIGKILL or contents(kept) == scene.before, told
+        assert contents(kept) == scene.before, told
         (shutil.rmtree if kept.is_dir() else os.unlink)(kept)
     else:
-        assert not (backup and ended.status == 0), told
+        assert not backup or contents(scene.target) == scene.before, told
     scene.check(scene.before, ended, debris=number == signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "")], ids=repr)
+@pytest.mark.parametrize(
+    ("format", "call", "published"),
+    [
+        *(("torch", "fsync", False), ("torch", "fsync", True)),
+        *(("sharded", "fsync", False), ("sharded", "fsync", True), ("sharded", "rmdir", True)),
+    ],
+)
+def test_the_backup_stays_from_when_the_new_checkpoint_is_in_its_place(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    call: str,
+    published: bool,
+    error: BaseException,
+) -> None:
+    source = make_source(tmp_path, format, megabytes=1)
+    before = contents(source)
+    real, failed = getattr(os, call), []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        if (contents(source) != before) == published:
+            failed.append(args)
+            raise error
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with contextlib.suppress(KeyboardInterrupt, FileAccessError):
+            convert_checkpoint(source, None, 4, in_place=True)
+    assert failed
+    if published:
+        assert contents(tmp_path / "in.bak") == before
+    else:
+        assert contents(source) == before
+        assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize(("format", "call"), [("torch", "link"), ("sharded", "mkdir")])
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_runs_in_place_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, call: str, links: bool
+) -> None:
+    """The other one goes from start to end when the first one begins to keep its backup."""
+    source = make_source(tmp_path, format, megabytes=1)
+    before = contents(source)
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        restrict(monkeypatch, "linux" if links else "no hard links")
+        convert_checkpoint(source, None, 2, in_place=True)
+        return getattr(os, call)(*args, **options)
+
+    monkeypatch.setattr(os, call, meanwhile)
+    with pytest.raises(OutputExistsError, match=r"in\.bak exists; move it away"):
+        convert_checkpoint(source, None, 4, in_place=True)
+    assert contents(tmp_path / "in.bak") == before
+    assert inspect_checkpoint(source).virtual_ranks == 2
+    assert sorted(os.listdir(tmp_path)) == ["in", "in.bak"]
 
 
 GUARDED = (

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, OutputExistsError, ReadError
+from .backup import Backup
 from .intact import check_checksums
 from .options import Options
 from .places import StrPath, access_error, as_path, output_place, same_file
@@ -68,11 +67,7 @@ class Job:
         self.root = self.src.parent if index else self.src  # what is written anew
         self.format = _other_format(self.kind, options.format)
         self._check_shards()
-        self._backup: Path | None = None
-        self._kept: Path | None = None  # the backup, once it is made
-        if options.in_place and options.backup:
-            real = Path(os.path.realpath(self.root))
-            self._backup = real.with_name(real.name + ".bak")
+        self._backup = Backup(self.root) if options.in_place and options.backup else None
         self.dst = self._place(None if dst is None else as_path(dst))
         self.notes = notes if notes is not None else []
 
@@ -208,14 +203,9 @@ class Job:
         sharded = self.options.max_shard_size is not None
         folder = sharded or (self.root.is_dir() and self.format is None)
         output_place(path, folder=folder, overwrite=self.options.overwrite or in_place)
-        self._check_backup()
+        if self._backup is not None:
+            self._backup.check()
         return path
-
-    def _check_backup(self) -> None:
-        if self._backup is not None and os.path.lexists(self._backup):
-            raise OutputExistsError(
-                f"{self._backup} exists; move it away, or use backup=False (--no-backup)."
-            )
 
     def _write(self, store: Store, replacements: Replacements) -> FileInfo | None:
         """Write the output; in a dry run do all that comes before, and return None."""
@@ -224,8 +214,8 @@ class Job:
         except _PreparedError:
             return None
         except BaseException:
-            if self._kept is not None:
-                _remove(self._kept)
+            if self._backup is not None:
+                self._backup.drop()
             raise
         return file_info(self.dst, sniff(self.dst).value, self.options.sha256)
 
@@ -261,9 +251,7 @@ class Job:
             self._check_unchanged()
             raise _PreparedError
         if self._backup is not None:
-            self._check_backup()  # again: it may have appeared since
-            self._kept = self._backup
-            _link_or_copy(Path(os.path.realpath(self.root)), self._backup)
+            self._backup.make()
 
     def _check_unchanged(self) -> None:
         for path, before in self._before.items():
@@ -331,29 +319,3 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _identity(file: Path) -> _Identity:
     status = os.stat(file) if file.is_file() else os.lstat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _link_or_copy(source: Path, copy: Path) -> None:
-    """Keep a file under a second name; the new content gets a file of its own."""
-    try:
-        if source.is_dir():
-            shutil.copytree(source, copy, symlinks=True, copy_function=_link_file)
-        else:
-            _link_file(source, copy)
-    except OSError as error:
-        raise access_error(f"cannot keep a backup as {copy}", error) from error
-
-
-def _link_file(source: str | Path, copy: str | Path) -> None:
-    try:
-        os.link(source, copy)
-    except OSError:  # no hard links on this file system
-        shutil.copy2(source, copy)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
