@@ -41,9 +41,9 @@ def make(kind: str, place: Path) -> Path:
     return place
 
 
-def no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_space(monkeypatch: pytest.MonkeyPatch, but: int = 10) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=but))
 
 
 def no_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,16 @@ def test_a_dry_run_ends_as_the_real_run(
     command = ["revert"] if kind == "shards" else ["convert", "--vt-world-size", 2]
     err = both(capsys, tmp_path, 7 if refuse else 0, *command, source, *place)
     assert re.search(told, err)
+
+
+@pytest.mark.parametrize(("backup", "code"), [("--backup", 7), ("--no-backup", 0)])
+def test_what_did_not_change_needs_space_beside_a_backup(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backup: str, code: int
+) -> None:
+    source = make("accelerate", tmp_path / "in")
+    (source / "optimizer.bin").write_bytes(bytes(1_000_000))
+    no_space(monkeypatch, but=500_000)
+    both(capsys, tmp_path, code, "convert", source, "--vt-world-size", 2, "--in-place", backup)
 
 
 @pytest.mark.parametrize("kind", KINDS)

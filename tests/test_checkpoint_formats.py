@@ -177,6 +177,10 @@ def test_a_folder_is_converted_in_place_and_kept_as_backup(tmp_path: Path) -> No
     assert contents(tmp_path / "in.bak") == before
     with pytest.raises(OutputExistsError, match="same file"):
         revert_checkpoint(source, source)
+    number = (source / "optimizer.bin").stat().st_ino
+    revert_checkpoint(source, None, in_place=True, backup=False)
+    assert contents(source) == before
+    assert (source / "optimizer.bin").stat().st_ino == number  # the old folder is gone
 
 
 @pytest.mark.parametrize(

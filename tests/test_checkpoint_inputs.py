@@ -189,6 +189,25 @@ def test_a_file_that_is_written_over_while_it_is_read_is_noticed(
     convert_checkpoint(cases[0][0], tmp_path / "out", 2, fsync=False)
 
 
+@pytest.mark.parametrize("kind", ["zip", "safetensors", "accelerate", "dcp", "folder", "index"])
+def test_what_is_written_into_the_new_checkpoint_does_not_show_in_the_backup(
+    tmp_path: Path, kind: str
+) -> None:
+    """Saving the next state writes over files, as torch.save does."""
+    source, _ = next(saved_as(kind, tmp_path / "in"))
+    before = contents(tmp_path / "in")
+    for name in before if os.geteuid() == 0 else ():
+        os.chown(tmp_path / "in" / name, 12, 34)
+    convert_checkpoint(source, None, 2, in_place=True, fsync=False)
+    assert contents(tmp_path / "in").keys() == before.keys()
+    for name in before:
+        new, old = tmp_path / "in" / name, tmp_path / "in.bak" / name
+        assert (new.stat().st_uid, new.stat().st_gid) == (old.stat().st_uid, old.stat().st_gid)
+        with open(new, "r+b") as file:
+            file.write(b"written over")
+    assert contents(tmp_path / "in.bak") == before
+
+
 def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:
     """Not even one to the folder in which the output appears."""
     (tmp_path / "in").mkdir()

@@ -39,6 +39,8 @@ class Backup:
     def make(self) -> None:
         """Give the files of the source second names; they are copied only where there are none.
 
+        So nothing is copied, but no file of the output may be one of the source.
+
         Raises:
             OutputExistsError: another run has made its backup meanwhile.
             FileAccessError: the system refuses.

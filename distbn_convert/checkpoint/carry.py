@@ -32,6 +32,7 @@ def write_folder(
     *,
     leave_out: Collection[str] = (),
     overwrite: bool = False,
+    keep_old: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
     before_writing: Callable[[], None] = lambda: None,
@@ -40,7 +41,8 @@ def write_folder(
 
     Other files are copied, so that nothing which is later written into one of the two folders
     shows in the other. Only if ``dst`` is ``src`` itself, which then disappears, are they linked.
-    A ``.git`` is not copied.
+    Where the system can, a copy shares the blocks on the disk. A ``.git`` is not copied, except
+    in place.
 
     Args:
         src: **path** of the folder, not modified; None if there is none to copy.
@@ -50,6 +52,8 @@ def write_folder(
         sizes: of what each writer writes, for the check of the free space.
         leave_out: names of files that are not carried over. Default: none
         overwrite: **bool**, as for :func:`atomic_folder`. Default: False
+        keep_old: **bool**, the files of ``src`` stay under other names when ``dst`` takes its
+            place, so that none is linked; symbolic links in place stay such. Default: False
         fsync: **bool**, as for :func:`atomic_folder`. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
         before_writing: **callable**, as for :func:`atomic_folder`. Default: does nothing
@@ -66,7 +70,7 @@ def write_folder(
     in_place = source is not None and same_file(source, target)
     if source in target.parents:
         raise RefusedError(f"{dst} is inside {src}, which is copied there; give a place outside.")
-    plan = _Plan(source, writers, leave_out, in_place)
+    plan = _Plan(source, writers, leave_out, in_place, in_place and not keep_old)
     total = sum(sizes.values()) + plan.bytes_to_copy()
     meter = _Meter(total, progress)
     if overwrite and target.is_dir():
@@ -107,10 +111,12 @@ class _Plan:
         changed: Collection[str],
         leave_out: Collection[str],
         in_place: bool,
+        hard_link: bool,
     ) -> None:
         self.source = source or Path()
         self.changed = changed
         self.in_place = in_place
+        self.hard_link = hard_link
         self.folders: list[str] = []
         self.files: list[str] = []
         self.links: set[str] = set()
@@ -150,7 +156,7 @@ class _Plan:
 
     def bytes_to_copy(self) -> int:
         """The bytes of files that are neither changed nor linked."""
-        if self.in_place:
+        if self.hard_link:
             return 0
         copied = set(self.files) - set(self.changed) - self.links
         return sum((self.source / name).stat().st_size for name in copied)
@@ -160,8 +166,8 @@ class _Plan:
         old, new = self.source / name, folder / name
         if name in self.links:
             os.symlink(os.readlink(old) if self.in_place else os.path.realpath(old), new)
-        elif not self.in_place or not _link(old, new):
-            _copy(old, new, progress)
+        elif not self.hard_link or not _link(old, new):
+            _copy(old, new, progress, self.in_place)
 
 
 def _raise(error: OSError) -> None:
@@ -178,12 +184,14 @@ def _link(old: Path, new: Path) -> bool:
     return True
 
 
-def _copy(old: Path, new: Path, progress: Progress) -> None:
+def _copy(old: Path, new: Path, progress: Progress, in_place: bool) -> None:
     with (
         Source(old) as source,
         atomic_output(new, expected_bytes=source.size, fsync=False) as file,
     ):
         Sink(file, source.size, progress).copy(source, 0, source.size)
+        if in_place:
+            take_over(file.fileno(), os.fstat(source.fileno()))
     shutil.copystat(old, new)
 
 

@@ -168,6 +168,7 @@ def write_dcp(
     replacements: Mapping[str, Tensor],
     *,
     overwrite: bool = False,
+    keep_old: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
     before_writing: Callable[[], None] = lambda: None,
@@ -182,6 +183,7 @@ def write_dcp(
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by flat name, **Tensor** on the CPU.
         overwrite: **bool**, replace an existing folder. Default: False
+        keep_old: **bool**, as for :func:`write_folder`. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
         before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
@@ -211,6 +213,7 @@ def write_dcp(
         writers,
         sizes,
         overwrite=overwrite,
+        keep_old=keep_old,
         fsync=fsync,
         progress=progress,
         before_writing=before_writing,

@@ -79,6 +79,7 @@ class DcpStore:
             dst,
             new,
             overwrite=options.overwrite,
+            keep_old=options.keep_old,
             fsync=options.fsync,
             progress=options.progress,
             before_writing=options.before_writing,

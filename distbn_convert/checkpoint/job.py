@@ -223,6 +223,7 @@ class Job:
         options = self.options
         writing = WriteOptions(
             overwrite=options.overwrite or options.in_place,
+            keep_old=self._backup is not None,
             fsync=options.fsync,
             verify=options.verify,
             progress=options.progress,

@@ -54,7 +54,8 @@ class Options:
             fits in one. A larger tensor gets a shard of its own. Default: None, one file
         overwrite: replace an existing output. Default: False
         in_place: the output is the input; ``dst`` is None or the same file. Default: False
-        backup: with ``in_place``, keep the input as ``SRC.bak``. Default: True
+        backup: with ``in_place``, keep the input as ``SRC.bak``, which shares no file with the
+            output. Default: True
         dry_run: do everything but write. Default: False
         strict: what would be a warning is an error. Default: False
         opaque: carry unknown Python objects through, unexecuted. Default: False

@@ -39,6 +39,7 @@ def write_sharded(
     replacements: Mapping[str, Tensor],
     *,
     overwrite: bool = False,
+    keep_old: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
     before_writing: Callable[[], None] = lambda: None,
@@ -53,6 +54,7 @@ def write_sharded(
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by name, **Tensor** on the CPU.
         overwrite: **bool**, replace an existing folder. Default: False
+        keep_old: **bool**, as for :func:`write_folder`. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
         before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
@@ -82,6 +84,7 @@ def write_sharded(
         sizes,
         leave_out=other_checkpoints(index),
         overwrite=overwrite,
+        keep_old=keep_old,
         fsync=fsync,
         progress=progress,
         before_writing=before_writing,
@@ -145,6 +148,7 @@ def write_accelerate(
     replacements: Mapping[str, Mapping[str, Tensor]],
     *,
     overwrite: bool = False,
+    keep_old: bool = False,
     fsync: bool = True,
     progress: Progress | None = None,
     before_writing: Callable[[], None] = lambda: None,
@@ -157,6 +161,7 @@ def write_accelerate(
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by file and name, **Tensor** on the CPU.
         overwrite: **bool**, replace an existing folder. Default: False
+        keep_old: **bool**, as for :func:`write_folder`. Default: False
         fsync: **bool**, wait until the disk holds it. Default: True
         progress: **callable(bytes written, bytes in all)**. Default: None
         before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
@@ -180,6 +185,7 @@ def write_accelerate(
         {name: writer(name) for name in changed},
         {name: headers[name].size + _growth(headers[name], changed[name]) for name in changed},
         overwrite=overwrite,
+        keep_old=keep_old,
         fsync=fsync,
         progress=progress,
         before_writing=before_writing,

@@ -49,6 +49,7 @@ class WriteOptions:
     """How a file is written; see :class:`~distbn_convert.checkpoint.Options`."""
 
     overwrite: bool = False
+    keep_old: bool = False  # the files of a folder that is replaced stay under other names
     fsync: bool = True
     verify: bool = True
     progress: Progress | None = None
