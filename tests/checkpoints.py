@@ -23,6 +23,8 @@ from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint
 from distbn_convert.checkpoint.allowed import allowed_globals
 from distbn_convert.cli import main
 
+from .zygote import STOPPING
+
 
 class Net(nn.Module):
     """A small residual network: BatchNorms with and without affine, a downsample, a 1d one."""
@@ -263,13 +265,13 @@ class Result(NamedTuple):
 
 def run_cli(capsys: Any, *args: object) -> Result:
     """Run the command line in this process."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = {number: signal.getsignal(number) for number in STOPPING}
     capsys.readouterr()
     try:
         with pytest.raises(SystemExit) as ended:
             main([str(arg) for arg in args])
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     assert isinstance(ended.value.code, int)
     captured = capsys.readouterr()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,34 @@ def test_no_room_for_a_copy_of_the_standard_input_is_told(plain: Path) -> None:
     told = f"cannot copy stdin to {plain.parent} ($TMPDIR can name another folder): file too large"
     failed(full, 7, told)
     assert os.listdir(plain.parent) == ["plain.pth"]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_a_closed_terminal_ends_the_command_unless_that_is_ignored(
+    plain: Path, tmp_path: Path, ignored: bool
+) -> None:
+    """It comes while stdin is copied, which leaves nothing in the temporary folder."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    handler = "SIG_IGN" if ignored else "SIG_DFL"
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.{handler}); {PROGRAM[-1]}"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(temporary)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "convert", "-", "out", *RANKS],
+        cwd=tmp_path,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while not os.listdir(temporary):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(plain.read_bytes() if ignored else None)
+    assert process.returncode == (0 if ignored else 143), err
+    assert os.listdir(temporary) == []
+    assert (tmp_path / "out").exists() == ignored
 
 
 def test_the_standard_input_cannot_be_written_in_place(capsys: Any) -> None:

@@ -168,6 +168,18 @@ def test_ctrl_c_on_the_terminal_leaves_what_was_there(folder: Path, old: Any) ->
     assert old is None or (folder / "out.pth").read_bytes() == old
 
 
+def test_closing_the_terminal_leaves_what_was_there(folder: Path) -> None:
+    (folder / "out.pth").write_bytes(b"an older output")
+    with on_terminal(folder, 0.3, *CONVERT, "--force") as (process, master):
+        read_until(master, b"writing")
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), master)
+        ended(process)
+    assert process.returncode > 0  # not killed; no one is there to be told
+    assert sorted(os.listdir(folder)) == ["in.pth", "out.pth"]
+    assert (folder / "out.pth").read_bytes() == b"an older output"
+
+
 def test_a_background_job_that_is_told_to_stop_ends_likewise(folder: Path) -> None:
     with on_terminal(folder, 0.3, *CONVERT) as (process, master):
         read_until(master, b"writing")

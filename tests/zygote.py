@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-STOPPING = {signal.SIGINT, signal.SIGTERM}
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def main() -> None:

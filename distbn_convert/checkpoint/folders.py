@@ -38,8 +38,8 @@ def atomic_folder(
     """Fill a folder that is complete when it appears under ``path``.
 
     Until the block ends without an exception, ``path`` is what it was; after an exception of any
-    kind nothing remains of the new folder. Only SIGKILL leaves it, under a name that ends in
-    ``.distbn-tmp``; the next run removes it after an hour.
+    kind nothing remains of the new folder. A process that is killed leaves it, under a name that
+    ends in ``.distbn-tmp``; the next run removes it after an hour.
 
     Args:
         path: **path**, the folder to make; a symbolic link is followed.

@@ -39,12 +39,13 @@ __all__ = [
     "to_stdout",
 ]
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COLORS = {"Error": "red", "Warning": "yellow"}
 _spools: list[str] = []  # paths of copies of the standard streams
 
 
 class Terminated(BaseException):
-    """SIGTERM came; raised so that what was begun is cleaned up."""
+    """SIGTERM came, or the terminal was closed; raised so that what was begun is cleaned up."""
 
 
 _stopped_by: list[BaseException] = []
@@ -57,7 +58,10 @@ def stop_behind(error: BaseException) -> BaseException:
 
 
 def catch_signals() -> None:
-    """Turn SIGINT and SIGTERM into exceptions, the first one alone: cleaning up must finish."""
+    """Turn signals to stop into exceptions, the first one alone: cleaning up must finish.
+
+    SIGHUP stays ignored if it is, as ``nohup`` wants.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _ended:
@@ -69,8 +73,9 @@ def catch_signals() -> None:
     _ended.clear()
     _stopped_by.clear()
     with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        for number in _STOPPING:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop)
         sys.unraisablehook = _raise_later
 
 
@@ -101,10 +106,10 @@ def _wait() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM from here: what is left to do must finish."""
+    """Ignore the signals to stop from here: what is left to do must finish."""
     _ended.append(True)
     with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in (*_STOPPING, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
