@@ -41,6 +41,7 @@ from .checkpoints import (
     load,
     run_cli,
     torchvision_style,
+    write_index,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -167,6 +168,24 @@ def test_a_folder_of_shards_gets_others_and_keeps_what_is_beside_them(
     assert verify_checkpoint(tmp_path / "back", source).largest_difference == 0
     if limit < 10**9:  # in one file nothing is left of the order in the index
         assert contents(tmp_path / "back") == before
+
+
+def test_a_folder_that_held_nothing_but_old_shards_goes_with_them(tmp_path: Path) -> None:
+    source, weight_map = tmp_path / "in", {}
+    folders = ("kept", "gone", "gone/deep", "also/gone")
+    for folder in (*folders, "also/empty"):
+        (source / folder).mkdir(parents=True)
+    (source / "kept" / "notes").touch()
+    tensors = state()
+    for number, folder in enumerate(folders):
+        names = list(tensors)[number :: len(folders)]
+        weight_map |= dict.fromkeys(names, f"{folder}/1.safetensors")
+        save_file({name: tensors[name] for name in names}, source / folder / "1.safetensors")
+    write_index(source, weight_map)
+    convert_checkpoint(source, tmp_path / "v", 8, max_shard_size=LIMIT)
+    new = tmp_path / "v"
+    found = {str(path.relative_to(new)) for path in new.rglob("*") if path.is_dir()}
+    assert found == {"kept", "also", "also/empty"}
 
 
 def test_a_repository_with_one_file_gets_shards_and_back(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO
 
 from ..errors import RefusedError
@@ -50,7 +50,8 @@ def write_folder(
         writers: by file name relative to ``src``, **callable(file, progress)** that writes it;
             a file that is not in ``src`` is added.
         sizes: of what each writer writes, for the check of the free space.
-        leave_out: names of files that are not carried over. Default: none
+        leave_out: names of files that are not carried over, nor are folders with nothing else in
+            them. Default: none
         overwrite: **bool**, as for :func:`atomic_folder`. Default: False
         keep_old: **bool**, the files of ``src`` stay under other names when ``dst`` takes its
             place, so that none is linked; symbolic links in place stay such. Default: False
@@ -130,6 +131,9 @@ class _Plan:
                 path = os.path.normpath(os.path.join(relative, name))
                 if path not in leave_out and not is_temporary(name):
                     self._add_file(path)
+        emptied = _parents(leave_out)  # unless something else is in them
+        filled = _parents([*self.files, *(set(self.folders) - emptied)])
+        self.folders = [name for name in self.folders if name in filled or name not in emptied]
 
     def _add_folder(self, name: str) -> None:
         if os.path.islink(self.source / name):
@@ -168,6 +172,10 @@ class _Plan:
             os.symlink(os.readlink(old) if self.in_place else os.path.realpath(old), new)
         elif not self.hard_link or not _link(old, new):
             _copy(old, new, progress, self.in_place)
+
+
+def _parents(names: Iterable[str]) -> set[str]:
+    return {str(parent) for name in names for parent in PurePath(name).parents}
 
 
 def _raise(error: OSError) -> None:
