@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import enum
 import io
 import os
 import pickle
@@ -22,8 +23,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint, revert_checkpoint
-from distbn_convert.errors import CheckpointError, NothingToDoError, ReadError, RefusedError
+from distbn_convert.checkpoint import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    revert_checkpoint,
+    verify_checkpoint,
+)
+from distbn_convert.errors import (
+    CheckpointError,
+    NothingToDoError,
+    ReadError,
+    RefusedError,
+    VerificationError,
+)
 
 from .checkpoints import BATCH_NORMS, Net, bn_state, load, repickled, resaved, run_cli
 
@@ -48,6 +60,12 @@ class Custom:
 
 class Subclass(torch.Tensor):
     pass
+
+
+class Color(enum.Enum):
+    RED = 1
+    GREEN = 2
+    BLUE = 3
 
 
 class Payload:
@@ -175,6 +193,29 @@ def test_opaque_files_of_every_pickle_protocol_come_back(tmp_path: Path) -> None
         )
         assert back[:2] == original[:2] == bytes([0x80, protocol])
         assert load(tmp_path / f"b{protocol}")["config"] == Config(lr=0.1, layers=[1, 2])
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ({Color.RED}, {Color.BLUE}),
+        (frozenset(Color), frozenset({Color.RED, Color.GREEN, Custom})),
+        ({print, len, sum}, {print, len, max}),
+    ],
+)
+def test_sets_of_opaque_objects_are_carried_and_compared(
+    tmp_path: Path, protocol: int, value: Any, other: Any
+) -> None:
+    state, paths = bn_state(), []
+    for number, content in enumerate((value, other)):
+        paths.append(tmp_path / f"{number}.pth")
+        torch.save({"model": state, "set": content}, paths[-1], pickle_protocol=protocol)
+    convert_checkpoint(paths[0], tmp_path / "v.pth", 2, opaque=True)
+    assert load(tmp_path / "v.pth")["set"] == value
+    verify_checkpoint(tmp_path / "v.pth", paths[0], opaque=True)
+    with pytest.raises(VerificationError, match=r"differ: set[:.]"):
+        verify_checkpoint(*paths, opaque=True)
 
 
 def test_an_object_that_is_given_its_state_twice_is_refused(tmp_path: Path) -> None:

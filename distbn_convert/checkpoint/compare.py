@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .groups import PLAIN, dotted, key_name
-from .opaque import InertGlobal, InertObject
+from .opaque import InertGlobal, InertObject, opaque_pickle
 
 __all__ = ["differences", "first_difference", "same_bits"]
 
 Path = tuple[Any, ...]
 _END = 4096  # elements
+_PICKLE = opaque_pickle()
 
 # Have attributes that are not saved: torch notes on a storage that it comes from a legacy file.
 _WHOLE = (Tensor, torch.UntypedStorage, torch.storage.TypedStorage, InertGlobal, type)
@@ -95,9 +96,12 @@ def _bits(tensor: Tensor, wide: bool) -> Tensor:
 
 
 def _saved(value: Any) -> bytes:
-    """Two objects that save to the same bytes are the same; saving is deterministic."""
+    """Two objects that save to the same bytes are the same; saving is deterministic.
+
+    Stand-ins are written as what they stand for, in the protocol that can write them all.
+    """
     file = io.BytesIO()
-    torch.save(value, file)
+    torch.save(value, file, _PICKLE, pickle_protocol=4)
     return file.getvalue()
 
 
@@ -152,6 +156,8 @@ def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
             return True
     except Exception:  # arrays have no single truth
         pass
+    if isinstance(one, (set, frozenset)):  # in the order of the addresses of what is in them
+        return sorted(map(_saved, one)) == sorted(map(_saved, two))
     return _saved(one) == _saved(two)
 
 
