@@ -127,7 +127,13 @@ def evaluation_statistics(
 def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int = 0) -> Tensor:
     """Reduce the counters ``int64 Tensor[V]``: the selected one, else the largest."""
     check_reduction(reduction, rank, num_batches_tracked.shape[0])
-    return num_batches_tracked[rank] if reduction == "select" else num_batches_tracked.amax(0)
+    if reduction == "select":
+        return num_batches_tracked[rank]
+    if num_batches_tracked.dtype == torch.int64:
+        return num_batches_tracked.amax(0)
+    # A file may have another dtype, of which torch may have no maximum.
+    largest = num_batches_tracked.flatten().real.cpu().double().argmax()
+    return num_batches_tracked[int(largest)].clone()
 
 
 def reduce_rows(

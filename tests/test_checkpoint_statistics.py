@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchvision
 from hypothesis import HealthCheck, given, settings
+from safetensors.torch import save_file
 from torch import nn
 
 from distbn_convert import convert_model
@@ -18,6 +21,7 @@ from distbn_convert.checkpoint import (
     convert_checkpoint,
     inspect_checkpoint,
     revert_checkpoint,
+    verify_checkpoint,
 )
 from distbn_convert.errors import (
     ConfigurationError,
@@ -181,6 +185,35 @@ def test_case_09_what_is_virtual_already_is_left_with_a_warning(tmp_path: Path) 
     assert load(tmp_path / "out")["b"]["bn.running_mean"].shape == (8, 3)
     with pytest.raises(RefusedError, match="already virtual"):
         convert_checkpoint(mixed, tmp_path / "out2", 4, strict=True)
+
+
+COUNTERS = [
+    (torch.tensor(450_000).half(), None),  # infinite
+    (torch.tensor(math.nan), None),
+    (torch.tensor(7 + 1j), None),
+    *((torch.tensor(7).to(dtype), 7) for dtype in (torch.int8, torch.uint16, torch.uint32)),
+    (torch.tensor(2**63, dtype=torch.uint64), 2**63),
+    (torch.tensor(True), 1),
+    (torch.tensor(4.0).to(torch.float8_e4m3fn), 4),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "dcp"])
+@pytest.mark.parametrize(("counter", "tracked"), COUNTERS, ids=lambda value: str(value))
+def test_counters_of_any_kind_are_carried_and_told_if_they_are_numbers(
+    tmp_path: Path, counter: torch.Tensor, tracked: int | None, kind: str
+) -> None:
+    path, state = tmp_path / "in", bn_state(**{"bn.num_batches_tracked": counter})
+    if kind == "dcp":
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+    else:
+        (torch.save if kind == "torch" else save_file)(state, path)
+    assert inspect_checkpoint(path).groups[0].tracked == tracked
+    round_trip(path, 4)
+    assert inspect_checkpoint(tmp_path / "virtual").groups[0].tracked == tracked
+    verify_checkpoint(tmp_path / "back", path)
+    verify_checkpoint(tmp_path / "virtual", path)
 
 
 def test_case_10_and_11_missing_affine_and_counter_are_not_made_up(tmp_path: Path) -> None:

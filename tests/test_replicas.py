@@ -131,6 +131,9 @@ def test_counter_is_the_selected_one_else_the_largest() -> None:
     counts = torch.tensor([3, 7, 5])
     assert reduce_count(counts, "select", 2) == 5
     assert reduce_count(counts, "mean") == reduce_count(counts, "pooled") == 7
+    for dtype in (torch.uint16, torch.uint64, torch.float8_e5m2):  # torch has no maximum of these
+        assert reduce_count(counts.to(dtype), "mean").item() == counts.to(dtype)[1].item()
+        assert reduce_count(counts.to(dtype).view(3, 1), "mean").shape == (1,)
 
 
 def test_replicas_are_contiguous_and_have_memory_of_their_own() -> None:

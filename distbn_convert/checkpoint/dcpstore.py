@@ -14,6 +14,7 @@ from .dcp_metadata import METADATA
 from .edit import Replacements
 from .flatstore import specs_of_header
 from .groups import Group, TensorSpec
+from .spread import largest_count
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 __all__ = ["DcpStore"]
@@ -66,7 +67,9 @@ class DcpStore:
 
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
-        return int(self.tensor(group.path, group.keys[2]).max()) if group.counted else None
+        if not group.counted:
+            return None
+        return largest_count(self.tensor(group.path, group.keys[2]).flatten().tolist())
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: each piece is compared with its checksums when it is read."""

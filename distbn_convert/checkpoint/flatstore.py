@@ -11,6 +11,7 @@ from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite
+from .spread import largest_count
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ __all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
 
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _COARSE = ("F8", "F6", "F4")  # floats of fewer bits, which are recognised and refused
-_CODES = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
+_CODES = {
+    **{"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b"},
+    **{"U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?"},
+}
 
 
 class FlatStore:
@@ -57,7 +61,9 @@ class FlatStore:
 
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
-        return int(max(numbers(self.path, self.header, group.keys[2]))) if group.counted else None
+        if not group.counted:
+            return None
+        return largest_count(numbers(self.path, self.header, group.keys[2]))
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: safetensors has no checksums."""
@@ -91,13 +97,16 @@ def _spec(info: TensorInfo) -> TensorSpec:
 
 
 def numbers(path: Path, header: Header, name: str) -> list[float]:
-    """Return the numbers of one tensor; imports no torch."""
+    """Return the numbers of one tensor; imports no torch but for what counters never are."""
     data, dtype = read_bytes(path, header, name), header.tensors[name].dtype
     if dtype == "BF16":  # the upper half of a float32
         halves = struct.unpack(f"<{len(data) // 2}H", data)
         data = bytearray(struct.pack(f"<{len(halves)}I", *(half << 16 for half in halves)))
         dtype = "F32"
-    code = _CODES[dtype]
+    code = _CODES.get(dtype)
+    if code is None:
+        values: list[float] = read_tensor(path, header, name).flatten().tolist()
+        return values
     return list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
 
 

@@ -11,6 +11,7 @@ from .flatstore import check_rewritten, numbers, specs_of_header
 from .groups import Group, TensorSpec
 from .header import Header
 from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
+from .spread import largest_count
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
 from .zips import starts_as_zip
 
@@ -55,7 +56,7 @@ class _FolderStore:
 
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
-        return int(max(self._numbers(group.path, group.keys[2]))) if group.counted else None
+        return largest_count(self._numbers(group.path, group.keys[2])) if group.counted else None
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: safetensors has no checksums."""
@@ -146,7 +147,7 @@ class ShardedStore(_FolderStore):
     def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
         if self.index.weight_map[key].endswith(".safetensors"):
             return super()._numbers(path, key)
-        values: list[float] = self.tensor(path, key).detach().double().flatten().tolist()
+        values: list[float] = self.tensor(path, key).flatten().tolist()
         return values
 
     def check(self, places: Iterable[Place] | None = None) -> None:

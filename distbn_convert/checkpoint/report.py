@@ -58,7 +58,8 @@ class GroupReport:
         prefix: what stands before ``running_mean``.
         channels: C.
         dtype: of its running statistics.
-        tracked: the largest ``num_batches_tracked``; None without a counter.
+        tracked: the largest ``num_batches_tracked``; None without a counter, or if that is no
+            finite number.
         ranks: V before the command; None for plain statistics.
         state: before the command, ``"plain"`` or ``"virtual"``.
         action: ``"converted"``, ``"reverted"``, ``"gathered"``, ``"found"`` or ``"skipped"``.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from .report import Spread
 
-__all__ = ["count_nonfinite", "measure_spread"]
+__all__ = ["count_nonfinite", "largest_count", "measure_spread"]
 
 Rows = Sequence[Sequence[float]]
 
@@ -38,6 +39,13 @@ def measure_spread(means: Rows, variances: Rows) -> Spread | None:
 def count_nonfinite(*tensors: Rows) -> int:
     """Count the NaN and infinite numbers."""
     return sum(not math.isfinite(value) for rows in tensors for row in rows for value in row)
+
+
+def largest_count(counters: Sequence[Any]) -> int | None:
+    """Return the largest counter; None if one is no finite number, as float16 makes of 65520."""
+    if any(isinstance(count, complex) or not math.isfinite(count) for count in counters):
+        return None
+    return int(max(counters))
 
 
 def _average(values: Sequence[float]) -> float:

@@ -96,7 +96,7 @@ class Store(Protocol):
         """Return a running statistic as numbers, one list for each rank."""
 
     def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group, None without one."""
+        """Return the largest counter of a group, None without one that is a finite number."""
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Compare what these tensors depend on with its checksums, if it has any.

@@ -15,6 +15,7 @@ from .compare import first_difference
 from .edit import Replacements
 from .groups import Group
 from .readback import LARGE, ReadBack, reading_back
+from .spread import largest_count
 from .stores import Mappings, Place, Progress, ReadOptions, WriteOptions, read_back_error
 from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
@@ -73,7 +74,9 @@ class TreeStore:
 
     def count(self, group: Group) -> int | None:
         """Return the largest counter of a group."""
-        return int(self.tensor(group.path, group.keys[2]).max()) if group.counted else None
+        if not group.counted:
+            return None
+        return largest_count(self.tensor(group.path, group.keys[2]).flatten().tolist())
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Compare the file, or what of it these tensors depend on, with its checksums."""
