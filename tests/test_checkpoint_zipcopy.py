@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 
 from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint, zipcopy
 from distbn_convert.checkpoint.checksums import check_zip, data_start
-from distbn_convert.checkpoint.mapped import mapped_parts
+from distbn_convert.checkpoint.mapped import MappedPart, mapped_parts
 from distbn_convert.checkpoint.torchfile import TorchFile, load_torch
-from distbn_convert.checkpoint.zipcopy import plan_copy
+from distbn_convert.checkpoint.zipcopy import checksums_beside, plan_copy
 from distbn_convert.errors import ReadError, VerificationError
 
 from .checkpoints import STYLES, load, resaved
@@ -113,6 +114,20 @@ def test_a_quantized_tensor_which_torch_cannot_lay_out_is_saved(
     assert plans == [False]
     again = load(tmp_path / "virtual")["quantized"]
     assert torch.equal(again.int_repr(), quantized.int_repr())
+
+
+def test_the_checksums_beside_many_tensors_are_found_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The places of the tensors are looked up; comparing each with each took a minute."""
+    kept, taken = ([torch.zeros(4) for _ in range(20_000)] for _ in range(2))
+    places = {(tensor.data_ptr(), 16): 1 for tensor in [*kept, *taken]}
+    monkeypatch.setattr(zipcopy, "mapped_parts", lambda _: [MappedPart(0, 1 << 63, 0)])
+    monkeypatch.setattr(zipcopy, "_checksums", lambda _: places)
+    started = time.process_time()
+    known = checksums_beside(TorchFile(None, mapped=Path("any")), taken)
+    assert time.process_time() - started < 3
+    assert known.keys() == {(tensor.data_ptr(), 16) for tensor in kept}
 
 
 def test_memory_that_was_written_to_is_not_taken_for_the_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,13 +120,16 @@ def checksums_beside(file: TorchFile, tensors: Iterable[torch.Tensor]) -> dict[P
     parts = mapped_parts(file.mapped)
     places = []
     for storage in (tensor.untyped_storage() for tensor in tensors):
-        places.append(_place(storage, parts))
-        if places[-1] is None and storage.nbytes():
+        place = _place(storage, parts)
+        if place is not None:
+            places.append(place)
+        elif storage.nbytes():
             return {}
+    places.sort()
     return {
         (start, length): checksum
         for (start, length), checksum in _checksums(file.mapped).items()
-        if not any(place is not None and start <= place < start + length for place in places)
+        if bisect_left(places, start) == bisect_left(places, start + length)  # none between them
     }
 
 
