@@ -210,6 +210,29 @@ def test_safetensors_of_ranks_are_gathered_too(tmp_path: Path, capsys: Any) -> N
     assert done.json["counts"] == {"gathered": BATCH_NORMS}
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_are_gathered_whatever_their_formats_and_orders(tmp_path: Path, first: int) -> None:
+    state = bn_state() | {key.replace("bn.", "a."): value for key, value in bn_state().items()}
+    state["a.weight"] = nn.Parameter(state["a.weight"])
+    shuffled = {key: state[key].detach() for key in reversed(state)}
+    save_file(shuffled, tmp_path / "rank1")
+    paths = [save(tmp_path, state, "rank0"), tmp_path / "rank1"]
+    report = gather_checkpoints([paths[first], paths[1 - first]], tmp_path / "all", format="torch")
+    assert report.virtual_ranks == 2
+    assert torch.equal(load(tmp_path / "all")["a.running_mean"][1], state["a.running_mean"])
+    reordered = save(tmp_path, {key: state[key] for key in reversed(state)}, "rank2")
+    report = gather_checkpoints([paths[0], reordered], tmp_path / "both")
+    told = "differs from the first file in its keys; the first file's were taken."
+    assert report.warnings == (f"{reordered} {told}",)
+
+
+def test_a_file_with_batch_norms_elsewhere_is_not_of_the_run(tmp_path: Path) -> None:
+    one = save(tmp_path, {"model": bn_state()}, "one")
+    two = save(tmp_path, {"model": load(one)["model"], "ema": bn_state()}, "two")
+    with pytest.raises(ReadError, match=r"ema\.bn is in \S+two alone\.$"):
+        gather_checkpoints([one, two], tmp_path / "all")
+
+
 def test_case_40_a_dtensor_statistic_is_refused_and_another_dtensor_passes(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

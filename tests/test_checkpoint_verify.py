@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distbn_convert.checkpoint import convert_checkpoint, verify_checkpoint
 from distbn_convert.errors import VerificationError
@@ -96,6 +97,20 @@ def bn_state_like(mean: torch.Tensor) -> dict[str, torch.Tensor]:
     """A state dict that is the same but for its mean."""
     torch.manual_seed(0)
     return bn_state(**{"bn.running_mean": mean})
+
+
+def test_requires_grad_counts_where_both_formats_have_it(tmp_path: Path) -> None:
+    state = {
+        key: nn.Parameter(value) if value.is_floating_point() else value
+        for key, value in bn_state().items()
+    }
+    path = save(tmp_path, state)
+    convert_checkpoint(path, tmp_path / "v.safetensors", 2, format="safetensors")
+    for files in (path, tmp_path / "v.safetensors"), (tmp_path / "v.safetensors", path):
+        assert verify_checkpoint(*files).largest_difference == 0
+    frozen = {key: value.detach() for key, value in state.items()}
+    with pytest.raises(VerificationError, match=r"differ: bn\.weight differs; bn\.bias differs\.$"):
+        verify_checkpoint(path, save(tmp_path, frozen, "frozen.pth"))
 
 
 def test_parameters_must_be_the_same_and_counters_on_both_sides(tmp_path: Path) -> None:

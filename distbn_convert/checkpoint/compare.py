@@ -64,9 +64,15 @@ def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[P
             yield path, _how_keys_differ(parts, others)
 
 
-def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits; NaN equals itself."""
-    if first.dtype != second.dtype or first.requires_grad != second.requires_grad:
+def same_bits(first: Tensor, second: Tensor, grad: bool = True) -> bool:
+    """Whether two tensors have the same shape, dtype and bits; NaN equals itself.
+
+    Args:
+        first: a tensor.
+        second: another.
+        grad: count ``requires_grad``, of which safetensors knows nothing. Default: True
+    """
+    if first.dtype != second.dtype or (grad and first.requires_grad != second.requires_grad):
         return False
     if _is_plain(first) and _is_plain(second):
         wide = _fits_words(first) and _fits_words(second)

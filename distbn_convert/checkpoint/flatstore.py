@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .groups import Group, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
-from .safetensors import read_bytes, read_tensor, rewrite
+from .safetensors import read_bytes, read_tensor, rewrite, torch_name
 from .spread import largest_count
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
 
-_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_COARSE = ("F8", "F6", "F4")  # floats of fewer bits, which are recognised and refused
 _CODES = {
     **{"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b"},
     **{"U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?"},
@@ -90,9 +88,9 @@ def specs_of_header(header: Header) -> dict[str, TensorSpec]:
 
 def _spec(info: TensorInfo) -> TensorSpec:
     return TensorSpec(
-        dtype=_FLOATS.get(info.dtype, info.dtype),
+        dtype=torch_name(info.dtype),
         shape=info.shape,
-        floating=info.dtype in _FLOATS or info.dtype.startswith(_COARSE),
+        floating=info.dtype.startswith(("F", "BF")),
     )
 
 

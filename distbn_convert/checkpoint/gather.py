@@ -95,6 +95,7 @@ def _check_same(
 ) -> None:
     """Raise ReadError unless two files agree in all but the statistics of the groups."""
     statistics = {(group.path, key) for group in groups[0] for key in group.keys}
+    grad = all(isinstance(store, TreeStore) for store in (stores[0], stores[-1]))
     found = []
     for (path, specs), (_, others) in _paired(stores, groups[0]):
         keys = [key for key, spec in specs.items() if spec is not None]
@@ -108,11 +109,13 @@ def _check_same(
                     f"{where} is {spec.dtype} {spec.shape} and {other.dtype} {other.shape}"
                 )
             elif (path, key) not in statistics and not same_bits(
-                stores[0].tensor(path, key), stores[-1].tensor(path, key)
+                stores[0].tensor(path, key), stores[-1].tensor(path, key), grad
             ):
                 found.append(f"the values of {where} differ")
-    if not found and [group.keys for group in groups[0]] != [group.keys for group in groups[1]]:
-        found.append("they hold other BatchNorms")
+    if not found:  # then there may be more in a mapping that the first file does not have
+        known = {(group.path, group.keys) for group in groups[0]}
+        others = [group for group in groups[1] if (group.path, group.keys) not in known]
+        found = [f"{group.full_name} is in {second} alone" for group in others]
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ReadError(
@@ -141,7 +144,8 @@ def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -
         if spec is not None
     }
     trees = [store.tree for store in stores if isinstance(store, TreeStore)]
-    found = [dotted(path) for path, _ in differences(trees[0], trees[-1]) if path not in compared]
+    paths = [path for path, _ in differences(trees[0], trees[-1]) if path not in compared]
+    found = [dotted(path) or "its keys" for path in paths]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         yield f"{src} differs from the first file in {found[0]}{more}; the first file's were taken."

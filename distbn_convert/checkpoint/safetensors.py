@@ -27,6 +27,7 @@ __all__ = [
     "read_header",
     "read_tensor",
     "rewrite",
+    "torch_name",
     "write",
     "write_tensor",
 ]
@@ -172,6 +173,11 @@ def write(
 def format_name(dtype: torch.dtype) -> str:
     """Return the format's name of a dtype, torch's own if the format lacks it."""
     return _FORMAT_NAMES.get(str(dtype), str(dtype))
+
+
+def torch_name(dtype: str) -> str:
+    """Return torch's name of a dtype without the prefix, the format's own if torch lacks it."""
+    return _TORCH_NAMES.get(dtype, dtype)
 
 
 def header_of(state: Mapping[str, object]) -> Header:
