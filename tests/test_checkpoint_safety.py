@@ -218,6 +218,17 @@ def test_sets_of_opaque_objects_are_carried_and_compared(
         verify_checkpoint(*paths, opaque=True)
 
 
+def test_state_dicts_in_opaque_dictionaries_are_compared_as_others(tmp_path: Path) -> None:
+    content = {"model": Config(**bn_state()), "epoch": 1}
+    path = save(tmp_path / "in.pth", content)
+    convert_checkpoint(path, tmp_path / "v.pth", 2, opaque=True)
+    assert verify_checkpoint(tmp_path / "v.pth", path, opaque=True).groups == 1
+    content["model"].frozen = False
+    content["model"]["bn.weight"] = torch.ones(3)
+    with pytest.raises(VerificationError, match=r"model\.bn\.weight differs; model\.states"):
+        verify_checkpoint(path, save(tmp_path / "other.pth", content), opaque=True)
+
+
 def test_an_object_that_is_given_its_state_twice_is_refused(tmp_path: Path) -> None:
     """No pickler writes that; the second would take the place of the first."""
     path = save(tmp_path / "in.pth", {**Net().state_dict(), "custom": Custom(7)})

@@ -314,7 +314,14 @@ def test_weights_under_another_index_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"holds what the new folder would not: 1\.bin"):
         convert(path, tmp_path / "in", overwrite=True)
     own = read_index(path).headers
-    assert other_weights(tmp_path / "in", own) == ["model.h5", "model.safetensors"]
+    assert other_weights(tmp_path / "in", own) == ["1.bin", "model.h5", "model.safetensors"]
+
+
+def test_files_that_may_hold_other_weights_are_listed(tmp_path: Path) -> None:
+    weights = ["ema.bin", "model.safetensors", "pytorch_model.bin"]
+    for name in (*weights, "own.bin", "optimizer_1.bin", "scheduler.bin", "training_args.bin"):
+        (tmp_path / name).touch()
+    assert other_weights(tmp_path, ["own.bin"]) == weights
 
 
 def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

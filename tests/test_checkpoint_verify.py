@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import copy
+import enum
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 
 from distbn_convert.checkpoint import convert_checkpoint, verify_checkpoint
-from distbn_convert.errors import VerificationError
+from distbn_convert.errors import NothingToDoError, VerificationError
 
-from .checkpoints import bn_state, save
+from .checkpoints import bn_state, load, save
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Text(str):
+    pass
+
+
+def dcp_save(folder: Path, content: dict[str, Any]) -> Path:
+    dcp.save(content, checkpoint_id=folder, no_dist=True)
+    return folder
 
 
 def test_each_difference_is_told_also_where_numbers_are_the_same_objects(tmp_path: Path) -> None:
@@ -123,3 +139,136 @@ def test_parameters_must_be_the_same_and_counters_on_both_sides(tmp_path: Path) 
     for files in (one, save(tmp_path, state)), (save(tmp_path, state), one):
         with pytest.raises(VerificationError, match="bn has num_batches_tracked in one file alone"):
             verify_checkpoint(*files)
+
+
+@pytest.mark.parametrize("state", ["ema.model", "a.b"])
+def test_a_sub_tree_whose_key_has_dots_is_compared(tmp_path: Path, state: str) -> None:
+    content = {"ema.model": {**bn_state(), "conv": torch.zeros(3)}, "a": {"b": bn_state()}}
+    path = save(tmp_path, content, "in.pth")
+    flat = tmp_path / "flat.safetensors"
+    convert_checkpoint(path, flat, 2, format="safetensors", state=state)
+    for files in (path, path), (path, flat), (flat, path):
+        report = verify_checkpoint(*files, state=state)
+        assert (report.groups, report.largest_difference, report.warnings) == (1, 0.0, ())
+    content["ema.model"]["conv"] = torch.ones(3)
+    content["a"] = {"b": content["a"]["b"] | {"conv": torch.ones(3)}}
+    other = save(tmp_path, content, "other.pth")
+    for files in (path, other), (other, flat):
+        with pytest.raises(VerificationError, match=r"differ: \S+\.conv (differs|is in the)"):
+            verify_checkpoint(*files, state=state)
+
+
+def test_sub_trees_that_are_spelled_alike_are_all_compared(tmp_path: Path) -> None:
+    content = {"a.b": bn_state(), "a": {"b": {"x": torch.zeros(2)}}}
+    path = save(tmp_path, content, "in.pth")
+    assert verify_checkpoint(path, path, state="a.b").groups == 1
+    content["a"]["b"]["x"] += 1
+    with pytest.raises(VerificationError, match=r"differ: a\.b\.x differs\.$"):
+        verify_checkpoint(path, save(tmp_path, content, "other.pth"), state="a.b")
+
+
+@pytest.mark.parametrize("against", [True, False])
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model": bn_state(), "ema": {"module": bn_state()}}, "model, ema.module"),
+        (bn_state(), r"\(top level\)"),
+        ({"model": {"weight": torch.ones(2)}}, "none"),
+    ],
+)
+def test_a_sub_tree_that_is_not_there_is_an_error(
+    tmp_path: Path, content: Any, names: str, against: bool
+) -> None:
+    path = save(tmp_path, content)
+    told = rf"in\.pth has nothing at --state modell; its state dicts with BatchNorms: {names}\.$"
+    with pytest.raises(NothingToDoError, match=told):
+        verify_checkpoint(path, path if against else None, state="modell")
+
+
+@pytest.mark.parametrize("state", [None, "model"])
+def test_tensors_in_lists_are_compared_in_sub_trees_too(tmp_path: Path, state: str | None) -> None:
+    model = bn_state()
+    paths = [
+        save(tmp_path, {"model": {**model, "list": [value], "epoch": 1}}, f"{number}.pth")
+        for number, value in enumerate((torch.zeros(2), torch.zeros(2), torch.ones(2)))
+    ]
+    assert verify_checkpoint(*paths[:2], state=state).warnings == ()
+    with pytest.raises(VerificationError, match=r"differ: model\.list\.0: the values differ\.$"):
+        verify_checkpoint(*paths[1:], state=state)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_keys_that_equal_nothing_but_themselves_are_compared(tmp_path: Path, number: int) -> None:
+    keys: list[Any] = [
+        nn.Parameter(torch.rand(2)),
+        (torch.ones(2), 3),
+        math.nan,
+        Color.RED,
+        Text("a"),
+        (math.nan, Color.RED),
+    ]
+    key, same = keys[number], nn.Parameter(torch.zeros(2))
+    state = {key: {"buffer": torch.zeros(3)}, same: torch.ones(1), nn.Parameter(same.clone()): 2}
+    content = {"model": bn_state(), "state": state, "by": {key: bn_state()}}
+    one, two = (save(tmp_path, content, f"{name}.pth") for name in ("one", "two"))
+    report = verify_checkpoint(one, two, opaque=True)
+    assert (report.groups, report.largest_difference) == (2, 0.0)
+    state[key]["buffer"][0] = 1
+    with pytest.raises(VerificationError, match=r"differ: state\..+\.buffer differs\.$"):
+        verify_checkpoint(one, save(tmp_path, content, "other.pth"), opaque=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+def test_objects_of_distributed_checkpoints_are_compared(tmp_path: Path) -> None:
+    model = bn_state()
+    content = {"model": model, "epoch": 0, "opt": {"lr": 0.5, "step": torch.tensor(3)}}
+    one, two = (dcp_save(tmp_path / name, content) for name in ("one", "two"))
+    assert verify_checkpoint(one, two).warnings == ()
+    other = dcp_save(tmp_path / "other", content | {"epoch": 1, "opt": {"lr": 0.1}})
+    told = r"differ: opt\.step is in the first alone; epoch differs; opt\.lr differs\.$"
+    with pytest.raises(VerificationError, match=told):
+        verify_checkpoint(one, other)
+    assert verify_checkpoint(one, other, state="model").groups == 1
+    flat = tmp_path / "flat.safetensors"
+    convert_checkpoint(one, flat, 2, format="safetensors")
+    report = verify_checkpoint(flat, one)
+    assert report.groups == 1
+    assert report.warnings == (f"epoch and 1 more in {one} had no counterpart in {flat}.",)
+
+
+def test_what_one_format_alone_can_hold_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": bn_state(), "epoch": 3, "rng": [torch.zeros(2)], "groups": []})
+    flat = tmp_path / "flat.safetensors"
+    save_file({f"model.{key}": value for key, value in load(path)["model"].items()}, flat)
+    report = verify_checkpoint(path, flat)
+    assert report.warnings == (f"epoch and 1 more in {path} had no counterpart in {flat}.",)
+    assert verify_checkpoint(path, path).warnings == ()
+
+
+def folder(path: Path, **files: str) -> Path:
+    """A folder of safetensors with other files in it."""
+    (path / "logs").mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(bn_state(), path / "model.safetensors")
+    for name, content in files.items():
+        (path / name.replace("__", "/").replace("_", ".")).write_text(content)
+    return path
+
+
+def test_files_beside_the_weights_are_compared(tmp_path: Path) -> None:
+    files = {"optimizer_bin": "1", "state_json": "{}", "logs__events": "a"}
+    one, two = (folder(tmp_path / name, **files) for name in ("one", "two"))
+    convert_checkpoint(two, tmp_path / "v", 2)
+    for other in (two, tmp_path / "v"):
+        assert not any("counterpart" in line for line in verify_checkpoint(one, other).warnings)
+    other = folder(tmp_path / "other", **files | {"optimizer_bin": "2", "logs__events": "b"})
+    with pytest.raises(
+        VerificationError, match=r"differ: logs/events differs; optimizer\.bin differs"
+    ):
+        verify_checkpoint(one, other)
+    less = folder(tmp_path / "less", optimizer_bin="1", notes_txt="")
+    told = verify_checkpoint(one, less).warnings
+    assert f"logs/events and 1 more in {one} had no counterpart in {less}." in told
+    assert f"notes.txt in {less} had no counterpart in {one}." in told
+    told = verify_checkpoint(one, one / "model.safetensors").warnings
+    assert any(line.startswith(f"logs/events and 2 more in {one} had no") for line in told)

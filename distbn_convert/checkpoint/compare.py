@@ -128,7 +128,8 @@ def _parts(node: Any) -> Parts | None:
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
     if isinstance(node, InertObject):
-        return [*vars(node).items(), ("type", type(node))]
+        own = [(name, value) for name, value in vars(node).items() if name != "items"]
+        return [*own, ("type", type(node)), *node.items.items()]
     parts = list(node.items()) if isinstance(node, dict) else []
     if isinstance(node, _WHOLE) or not hasattr(node, "__dict__"):
         return parts if isinstance(node, dict) else None
@@ -143,8 +144,8 @@ def _same_keys(parts: Parts, others: Parts) -> bool:
 
 def _same_key(key: Any, other: Any) -> bool:
     """Objects that equal nothing but themselves are the same key if they hold the same."""
-    if isinstance(key, PLAIN):
-        return bool(key == other)
+    if isinstance(key, PLAIN) and isinstance(other, PLAIN):
+        return bool(key == other or (key != key and other != other))
     return first_difference(key, other) is None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from .compare import same_bits
 from .dcp import DcpFolder, read_dcp, write_dcp
@@ -33,17 +35,22 @@ class DcpStore:
         self.tensors = len(specs)
         self._names: dict[Place, str] = {}
         self._specs: dict[tuple[Any, ...], dict[Any, TensorSpec | None]] = {}
-        nested: Mapping[str, Any] = self.folder.metadata.planner_data or {}
         for name, spec in specs.items():
-            *where, key = nested.get(name, (name,))
-            self._names[tuple(where), key] = name
-            self._specs.setdefault(tuple(where), {})[key] = spec
+            where, key = place = self._place(name)
+            self._names[place] = name
+            self._specs.setdefault(where, {})[key] = spec
         pieces = self.folder.metadata.storage_data.values()
         if len({info.relative_path.split("_0")[0] for info in pieces}) > 1:
             self.warnings.append(
                 f"several ranks wrote {path}, and torch takes each BatchNorm statistic from one "
                 "of them, mean and variance perhaps from two; synchronise them before saving."
             )
+
+    def _place(self, name: str) -> Place:
+        """Return where in the nested state a flat name was."""
+        nested: Mapping[str, Any] = self.folder.metadata.planner_data or {}
+        *where, key = nested.get(name, (name,))
+        return tuple(where), key
 
     def files(self) -> Iterable[Path]:
         """Return the files that are read."""
@@ -54,6 +61,15 @@ class DcpStore:
     def mappings(self) -> Mappings:
         """Describe each mapping of the nested state."""
         yield from self._specs.items()
+
+    def objects(self) -> dict[Place, Callable[[], bytearray]]:
+        """Return what reads each piece that is no tensor, as it is stored, by its place."""
+        entries = self.folder.metadata.state_dict_metadata
+        return {
+            self._place(index.fqn): partial(self.folder.read_bytes, info)
+            for index, info in self.folder.metadata.storage_data.items()
+            if isinstance(entries.get(index.fqn), BytesStorageMetadata)
+        }
 
     def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
         """Return one tensor."""

@@ -30,7 +30,9 @@ __all__ = [
     "write_sharded",
 ]
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
+# What accelerate and transformers save beside them.
+_NO_WEIGHTS = ("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "training_args.bin")
 
 
 def write_sharded(
@@ -194,5 +196,9 @@ def write_accelerate(
 
 def other_weights(folder: Path, own: Collection[str]) -> list[str]:
     """List files of a folder that look like weights and are not among ``own``, for a warning."""
-    files = (path.name for path in folder.iterdir() if path.name not in own)
-    return sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _WEIGHTS))
+
+    def fits(name: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    names = {path.name for path in folder.iterdir()}.difference(own)
+    return sorted(name for name in names if fits(name, _WEIGHTS) and not fits(name, _NO_WEIGHTS))

@@ -1,0 +1,55 @@
+"""Files that folders have beside their weights, compared as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from .places import access_error
+from .readback import same_bytes_of
+from .temporaries import is_temporary
+
+__all__ = ["files_beside", "same_content"]
+
+
+def files_beside(path: Path, own: Collection[Path]) -> dict[str, Path]:
+    """Return the files in the folder of a checkpoint and below, by their names in it.
+
+    Args:
+        path: a folder, or the index in one; any other file has none beside it.
+        own: files of the checkpoint itself, which are left out.
+
+    Raises:
+        FileAccessError: the system does not tell.
+    """
+    if path.name.endswith(".index.json") and path.is_file():
+        path = path.parent
+    files = _files_below(path) if path.is_dir() else ()
+    return {os.path.relpath(file, path): file for file in files if file not in own}
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
+        for file in (Path(place, name) for name in files if not is_temporary(name)):
+            if file.is_file():
+                yield file
+
+
+def _raise(error: OSError) -> None:
+    raise access_error(f"cannot read {error.filename}", error) from error
+
+
+def same_content(first: Path, second: Path) -> bool:
+    """Whether two files have the same bytes.
+
+    Raises:
+        FileAccessError: the system cannot read one.
+    """
+    try:
+        with open(first, "rb", buffering=0) as one, open(second, "rb", buffering=0) as other:
+            size = os.fstat(one.fileno()).st_size
+            return size == os.fstat(other.fileno()).st_size and same_bytes_of(one, other, size)
+    except OSError as error:
+        raise access_error(f"cannot read {error.filename or first}", error) from error
