@@ -35,7 +35,7 @@ def verify_checkpoint(
             Default: 0
         **options: see :class:`Options`; those of writing have no effect. ``state`` takes the
             sub-tree of a file that has it, and is compared with all of a file that has no
-            sub-trees.
+            sub-trees; files beside the weights are then left alone.
 
     Returns:
         VerifyReport: what was checked.
