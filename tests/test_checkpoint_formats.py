@@ -36,6 +36,7 @@ from distbn_convert.errors import (
 from .checkpoints import (
     BATCH_NORMS,
     Net,
+    bn_state,
     contents,
     load,
     resaved,
@@ -43,6 +44,7 @@ from .checkpoints import (
     train,
 )
 
+SHARDS = {"format": "safetensors", "max_shard_size": "5GB"}
 KEYS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -277,6 +279,88 @@ def test_safetensors_become_a_file_of_torch_and_back(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], original[name]) for name in ours)
 
 
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+def test_one_state_dict_is_taken_out_of_a_folder_of_dcp(tmp_path: Path, format: str) -> None:
+    state = bn_state()
+    tree = {"model": state, "optimizer": {"groups": [{"lr": 0.1}]}, "l": [bn_state(), 3]}
+    tree["odd"] = {**bn_state(), "version": 3}
+    save_dcp(tree, tmp_path / "in")
+    options = {"format": format, "fsync": False}
+    told = r"tensors by name alone, but \S+/in also has model, optimizer, l, odd\. Take one state "
+    with pytest.raises(RefusedError, match=told + r"dict with --state model or --state l\.0 or"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "no", 2, **options)
+    with pytest.raises(RefusedError, match=r"also has version\. Take one"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "no", 2, state="odd", **options)
+    for name, source in (("model", state), ("l.0", tree["l"][0])):
+        report = convert_checkpoint(tmp_path / "in", tmp_path / name, 2, state=name, **options)
+        assert report.counts == {"converted": 1, "skipped": 2}
+        assert report.warnings == ()
+        out = load(tmp_path / name) if format == "torch" else load_file(tmp_path / name)
+        assert out.keys() == source.keys()
+        assert torch.equal(out["bn.weight"], source["bn.weight"])
+        assert torch.equal(out["bn.running_var"], source["bn.running_var"].expand(2, 3))
+    assert sorted(os.listdir(tmp_path)) == ["in", "l.0", "model"]
+
+
+@pytest.mark.parametrize("options", [{"format": "torch"}, {"format": "safetensors"}, SHARDS])
+def test_one_state_dict_is_taken_out_of_a_folder_of_accelerate(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    states = {"model.safetensors": bn_state(), "model_1.safetensors": bn_state()}
+    for name, state in states.items():
+        save_file(state, source / name, metadata={"format": "pt", "file": name})
+    torch.save({"lr": 0.1}, source / "optimizer.bin")
+    with pytest.raises(RefusedError, match=r"at its top; it has model\.safetensors, model_1\."):
+        convert_checkpoint(source, out, 2, fsync=False, **options)
+    report = convert_checkpoint(source, out, 2, fsync=False, state="model_1.safetensors", **options)
+    told = f"left out, as one state dict is written: optimizer.bin in {source}."
+    assert report.warnings[-1] == told
+    file = out / "model.safetensors" if out.is_dir() else out
+    new = load(file) if options["format"] == "torch" else load_file(file)
+    assert new.keys() == states["model_1.safetensors"].keys()
+    assert torch.equal(new["bn.weight"], states["model_1.safetensors"]["bn.weight"])
+    if options["format"] == "torch":
+        assert report.warnings[-2] == (
+            f"the metadata of {source} (file, format) is left out: a file of torch has no place "
+            "for it."
+        )
+    else:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt", "file": "model_1.safetensors"}
+
+
+def test_metadata_that_a_file_of_torch_cannot_hold_is_told(tmp_path: Path) -> None:
+    for metadata, told in (({"format": "pt"}, 0), ({"format": "pt", "epoch": "3"}, 1)):
+        save_file(bn_state(), tmp_path / "in.safetensors", metadata=metadata)
+        report = convert_checkpoint(
+            tmp_path / "in.safetensors", tmp_path / "out", 2, format="torch", overwrite=True
+        )
+        assert ["(epoch, format) is left out" in text for text in report.warnings] == [True] * told
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_one_state_dict_is_taken_out_of_a_file_of_torch_as_one(
+    tmp_path: Path, zipped: bool
+) -> None:
+    """With the format said; without, all of the file is kept."""
+    model = Net().state_dict()
+    model["extra"] = {"version": 3}  # which a file of torch can hold
+    path, out = tmp_path / "in.pth", tmp_path / "out.pth"
+    content = {"model": model, "ema": bn_state(), "large": torch.rand(10**6)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    convert_checkpoint(path, out, 2, state="model", format="torch")
+    assert out.stat().st_size < 50_000
+    revert_checkpoint(out, tmp_path / "back.pth")
+    torch.save(model, tmp_path / "expected.pth")
+    assert (tmp_path / "back.pth").read_bytes() == resaved(tmp_path / "expected.pth")
+    convert_checkpoint(path, out, 2, state="model", overwrite=True)
+    assert load(out).keys() == content.keys()
+    with pytest.raises(ConfigurationError, match="in_place keeps the format and all else"):
+        convert_checkpoint(path, None, 2, state="model", format="torch", in_place=True)
+
+
 def test_a_name_that_promises_another_format_is_refused(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "in.safetensors")
     with pytest.raises(ConfigurationError, match="--format torch"):
@@ -301,6 +385,12 @@ def test_verify_compares_across_formats(tmp_path: Path) -> None:
         verify_checkpoint(tmp_path / "w.safetensors", path, 0.2, state="model")
 
 
+def save_dcp(tree: dict[str, Any], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it takes this for a single process
+        dcp.save(tree, checkpoint_id=folder)
+
+
 def dcp_state() -> dict[str, Any]:
     torch.manual_seed(3)
     model = Net()
@@ -310,9 +400,7 @@ def dcp_state() -> dict[str, Any]:
 
 
 def test_case_40_a_folder_of_dcp_is_converted_and_comes_back(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it takes this for a single process
-        dcp.save(dcp_state(), checkpoint_id=tmp_path / "in")
+    save_dcp(dcp_state(), tmp_path / "in")
     before = contents(tmp_path / "in")
     report = convert_checkpoint(tmp_path / "in", tmp_path / "v", 4, state="model")
     assert report.counts == {"converted": BATCH_NORMS}

@@ -232,10 +232,13 @@ def test_objects_of_distributed_checkpoints_are_compared(tmp_path: Path) -> None
         verify_checkpoint(one, other)
     assert verify_checkpoint(one, other, state="model").groups == 1
     flat = tmp_path / "flat.safetensors"
-    convert_checkpoint(one, flat, 2, format="safetensors")
+    tensors = {f"model.{key}": value for key, value in model.items()}
+    save_file(tensors | {"opt.step": torch.tensor(3)}, flat)
     report = verify_checkpoint(flat, one)
     assert report.groups == 1
     assert report.warnings == (f"epoch and 1 more in {one} had no counterpart in {flat}.",)
+    convert_checkpoint(one, tmp_path / "model.safetensors", 2, state="model", format="safetensors")
+    assert verify_checkpoint(tmp_path / "model.safetensors", one, state="model").groups == 1
 
 
 def test_what_one_format_alone_can_hold_is_told(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""From files of torch to safetensors and back: what one format cannot hold is refused."""
+"""One state dict as a new file of torch or safetensors: what that cannot hold is refused."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import Tensor
 
 from ..errors import RefusedError
 from .edit import Replacements
-from .groups import dotted, find_groups, key_name
+from .flatstore import FlatStore
+from .folderstore import AccelerateStore, ShardedStore
+from .groups import TensorSpec, dotted, find_groups, key_name
+from .header import Header, merged_metadata
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
+from .temporaries import is_temporary
 from .torchfile import TorchFile
 from .torchstore import TreeStore, write_tree
+from .tree import spec_of, walk_leaves
 
 __all__ = ["for_safetensors", "write_as"]
+
+_Path = tuple[Any, ...]
 
 
 def write_as(
@@ -28,37 +35,49 @@ def write_as(
     state: str | None,
     options: WriteOptions,
 ) -> None:
-    """Write a store in another format than its own.
+    """Write a state dict of a store, or its only one, in a format.
 
     Args:
         format: ``"torch"`` or ``"safetensors"``.
         store: the open input.
         dst: the output.
         replacements: new tensors.
-        state: the sub-tree to extract; None is all.
+        state: dotted path of the state dict; None is the top.
         options: how to write.
 
     Raises:
-        RefusedError: safetensors cannot hold what is in the file.
+        RefusedError: the format cannot hold what is in the state dict.
     """
-    if format == "torch":
-        tensors = _tensors(store, replacements, state)
-        expected = sum(tensor.nbytes for tensor in tensors.values())
-        write_tree(TorchFile(tensors), dst, expected, options, ReadOptions())
+    if format == "safetensors":
+        tensors, metadata = for_safetensors(store, replacements, state, options)
+        write_flat(tensors, dst, options, metadata)
+    elif isinstance(store, TreeStore):
+        store.replace(replacements)
+        path, _ = _find(store, state)
+        file, reading = replace(store.file, tree=store.mapping_objects[path]), store.options
+        write_tree(file, dst, _size(file.tree), options, reading)
     else:
-        tensors = for_safetensors(store, replacements, state, options)
-        write_flat(tensors, dst, options, {"format": "pt"})
+        holds = f"a file of torch made of {store.format} holds"
+        path, tensors = _tensors(store, replacements, state, holds)
+        lost = sorted(merged_metadata(_headers(store, path)) or ())
+        if lost and lost != ["format"]:
+            options.note(
+                f"the metadata of {store.path} ({_listed(lost)}) is left out: a file of torch has "
+                "no place for it."
+            )
+        _note_left_out(store, options)
+        write_tree(TorchFile(tensors), dst, _size(tensors), options, ReadOptions())
 
 
 def for_safetensors(
     store: Store, replacements: Replacements, state: str | None, options: WriteOptions
-) -> Mapping[str, Tensor]:
-    """Return the tensors of a store as safetensors can hold them; note what that changes.
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a state dict as safetensors can hold it, and its metadata; note what that changes.
 
     Raises:
         RefusedError: there is something else than tensors.
     """
-    tensors = _tensors(store, replacements, state)
+    path, tensors = _tensors(store, replacements, state, "safetensors holds")
     strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
     if len(strided) == 1:
         options.note(f"{strided[0]} is made contiguous for safetensors.")
@@ -66,48 +85,69 @@ def for_safetensors(
         options.note(
             f"{strided[0]} and {len(strided) - 1} more are made contiguous for safetensors."
         )
-    return tensors
+    _note_left_out(store, options)
+    return tensors, {"format": "pt", **(merged_metadata(_headers(store, path)) or {})}
 
 
-def _tensors(store: Store, replacements: Replacements, state: str | None) -> Mapping[str, Tensor]:
-    if isinstance(store, TreeStore):
-        store.replace(replacements)
-        return _extract(store, state)
-    return _collect(store, replacements)
-
-
-def _collect(store: Store, replacements: Replacements) -> OrderedDict[str, Tensor]:
-    tensors = OrderedDict()
-    for path, specs in store.mappings():
-        for key in specs:
-            new = replacements.get((path, key))
-            tensors[dotted((*path, key))] = store.tensor(path, key) if new is None else new
-    return tensors
-
-
-def _extract(store: TreeStore, state: str | None) -> Mapping[str, Tensor]:
-    """Return the one mapping that a flat format can hold."""
-    mappings = {dotted(path): mapping for path, mapping in store.mapping_objects()}
-    wanted = mappings.get(state or "")
-    if wanted is None:
-        raise RefusedError(
-            f"{store.path} has no state dict at {state or 'its top'}; it has "
-            f"{', '.join(_state_dicts(store)) or 'none'}. Name one with --state."
-        )
-    others = [key for key, value in wanted.items() if not isinstance(value, Tensor)]
-    odd = [key for key in wanted if not isinstance(key, str)]
+def _tensors(
+    store: Store, replacements: Replacements, state: str | None, holds: str
+) -> tuple[_Path, dict[str, Tensor]]:
+    """Return the path of a state dict and its tensors; refuse one that has more than tensors."""
+    path, specs = _find(store, state)
+    others = [key for key, spec in specs.items() if spec is None]
+    odd = [key for key in specs if not isinstance(key, str)]
     if others or odd:
-        shown = ", ".join(map(key_name, (others or odd)[:5]))
-        more = ", ..." if len(others or odd) > 5 else ""
         names = " or ".join(f"--state {name}" for name in _state_dicts(store))
         advice = f"Take one state dict with {names}." if names else "Save its tensors alone."
         raise RefusedError(
-            f"safetensors holds tensors by name alone, but {store.path} also has {shown}{more}. "
+            f"{holds} tensors by name alone, but {store.path} also has {_listed(others or odd)}. "
             f"{advice}"
         )
-    return wanted
+    new = {key: tensor for (place, key), tensor in replacements.items() if place == path}
+    return path, {key: new[key] if key in new else store.tensor(path, key) for key in specs}
 
 
-def _state_dicts(store: TreeStore) -> list[Any]:
+def _find(store: Store, state: str | None) -> tuple[_Path, Mapping[Any, TensorSpec | None]]:
+    """Return the path of a state dict, and what is in it."""
+    for path, specs in store.mappings():
+        if dotted(path) == (state or ""):
+            return path, specs
+    raise RefusedError(
+        f"{store.path} has no state dict at {state or 'its top'}; it has "
+        f"{', '.join(_state_dicts(store)) or 'none'}. Name one with --state."
+    )
+
+
+def _state_dicts(store: Store) -> list[str]:
     """Name the mappings that hold BatchNorms."""
     return [dotted(path) for path, specs in store.mappings() if path and find_groups(specs, path)]
+
+
+def _listed(keys: list[Any]) -> str:
+    return ", ".join(map(key_name, keys[:5])) + (", ..." if len(keys) > 5 else "")
+
+
+def _size(tree: Any) -> int:
+    tensors = [leaf for leaf in walk_leaves(tree) if isinstance(leaf, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if spec_of(tensor).refusal is None)
+
+
+def _headers(store: Store, path: _Path) -> list[Header]:
+    """Return the headers of the files of safetensors that hold a state dict."""
+    if isinstance(store, FlatStore):
+        return [store.header]
+    if isinstance(store, ShardedStore):
+        return list(store.index.headers.values())
+    return [store.place(path, None)[1]] if isinstance(store, AccelerateStore) else []
+
+
+def _note_left_out(store: Store, options: WriteOptions) -> None:
+    """Tell of the files beside a state dict in a folder."""
+    if isinstance(store, (FlatStore, TreeStore)):
+        return
+    folder = store.path if store.path.is_dir() else store.path.parent
+    read = {file.relative_to(folder).parts[0] for file in store.files()}
+    names = [file.name for file in folder.iterdir() if not is_temporary(file.name)]
+    left = sorted({*names} - read)
+    if left:
+        options.note(f"left out, as one state dict is written: {_listed(left)} in {folder}.")

@@ -28,17 +28,21 @@ class DcpStore:
     format = "dcp"
 
     def __init__(self, path: Path) -> None:
-        self.folder = read_dcp(path)
+        self.path, self.folder = path, read_dcp(path)
         self.opaque_globals: list[str] = []
         self.warnings: list[str] = []
         specs = specs_of_header(self.folder.header)
         self.tensors = len(specs)
         self._names: dict[Place, str] = {}
         self._specs: dict[tuple[Any, ...], dict[Any, TensorSpec | None]] = {}
-        for name, spec in specs.items():
+        for name in self.folder.metadata.state_dict_metadata:
             where, key = place = self._place(name)
-            self._names[place] = name
-            self._specs.setdefault(where, {})[key] = spec
+            keys = (*where, key)
+            for depth, part in enumerate(keys):  # each mapping is no tensor of the one above
+                self._specs.setdefault(keys[:depth], {}).setdefault(part, None)
+            if name in specs:
+                self._names[place] = name
+                self._specs[where][key] = specs[name]
         pieces = self.folder.metadata.storage_data.values()
         if len({info.relative_path.split("_0")[0] for info in pieces}) > 1:
             self.warnings.append(

@@ -71,7 +71,7 @@ class AccelerateStore(_FolderStore):
     format = "accelerate"
 
     def __init__(self, folder: Path) -> None:
-        self.headers = read_accelerate(folder)
+        self.path, self.headers = folder, read_accelerate(folder)
         super().__init__(folder, set(self.headers), list(self.headers.values()))
 
     def files(self) -> Iterable[Path]:
@@ -120,7 +120,7 @@ class ShardedStore(_FolderStore):
     format = "sharded"
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
-        self.index = read_index(path, lambda shard: _load(shard, options))
+        self.path, self.index = path, read_index(path, lambda shard: _load(shard, options))
         headers = self.index.headers
         super().__init__(self.index.folder, set(headers), list(headers.values()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,15 @@ from ..errors import ReadError
 from .places import StrPath, access_error
 from .strict_json import StrictJsonError, parse_object
 
-__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "encode_header", "lay_out", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "Header",
+    "TensorInfo",
+    "encode_header",
+    "lay_out",
+    "merged_metadata",
+    "read_header",
+]
 
 # In the order of the package, by which it sorts a file.
 DTYPE_BITS = {
@@ -174,6 +183,12 @@ def _check_contiguous(infos: list[TensorInfo], data: int) -> None:
         stop, before = info.stop, repr(info.name)
     if stop != data:
         raise _DamageError(f"its tensors need {stop:,} bytes, but {data:,} follow the header")
+
+
+def merged_metadata(headers: Iterable[Header]) -> dict[str, str] | None:
+    """Return what the metadata of several files say, the first one's where they contradict."""
+    given = [dict(header.metadata) for header in headers if header.metadata is not None]
+    return dict(ChainMap(*given)) if given else None
 
 
 def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None) -> Header:

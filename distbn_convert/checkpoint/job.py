@@ -65,7 +65,7 @@ class Job:
         self.kind = sniff(self.src)
         index = self.kind is Kind.SHARDED and self.src.is_file()
         self.root = self.src.parent if index else self.src  # what is written anew
-        self.format = _other_format(self.kind, options.format)
+        self.format = _new_format(self.kind, options.format, options.state)
         self._check_shards()
         self._backup = Backup(self.root) if options.in_place and options.backup else None
         self.dst = self._place(None if dst is None else as_path(dst))
@@ -101,7 +101,7 @@ class Job:
             found.raise_concerns(self.src)
         source = file_info(self.root, store.format, options.sha256)
         replacements = compute(store, found.chosen)
-        if self.kind is Kind.TORCH_LEGACY and self.format is None:
+        if self.kind is Kind.TORCH_LEGACY and self.format != "safetensors":
             self.notes.append("a file in torch's format before 1.6 becomes one in today's, a zip.")
         output = self._write(store, replacements)
         if virtual_ranks is None:
@@ -191,7 +191,9 @@ class Job:
                 f"in_place writes to the input {self.src}, but the output is {dst}; leave one out."
             )
         if in_place and self.format is not None:
-            raise ConfigurationError("in_place keeps the format; name an output, or leave it out.")
+            raise ConfigurationError(
+                "in_place keeps the format and all else; name an output, or leave the format out."
+            )
         path = self.root if same or dst is None else dst
         if not in_place:
             _check_suffix(path, self.kind, self.format)
@@ -263,10 +265,14 @@ class Job:
                 )
 
 
-def _other_format(kind: Kind, wanted: str) -> str | None:
-    """Return the format to change to, None to keep that of the input."""
+def _new_format(kind: Kind, wanted: str, state: str | None) -> str | None:
+    """Return the format in which a state dict is written; None to keep the input's, with all else.
+
+    That of the input is given to take one state dict out.
+    """
     own = {Kind.TORCH_ZIP: "torch", Kind.TORCH_LEGACY: "torch", Kind.SAFETENSORS: "safetensors"}
-    return None if wanted in ("auto", own.get(kind)) else wanted
+    same = wanted == own.get(kind) and state is None
+    return None if same or wanted == "auto" else wanted
 
 
 def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:

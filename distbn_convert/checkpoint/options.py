@@ -44,11 +44,12 @@ class Options:
         include: glob patterns on the names of BatchNorms, ``("layer1.*",)``; only those are
             taken. Default: all
         exclude: glob patterns of BatchNorms to leave alone. Default: none
-        state: dotted path of the sub-tree to look in, ``"model_ema"``. Default: the whole file
+        state: dotted path of the sub-tree to look in, ``"model_ema"``; with ``format``, that
+            alone is written. Default: the whole file
         ema_underscore: take MMCV's EMA copies, whose names are joined by underscores, too.
             Default: False
-        format: of the output, ``"auto"`` (the input's), ``"torch"`` or ``"safetensors"``.
-            Default: ``"auto"``
+        format: of the output, ``"auto"`` (the input's, with all else in it), ``"torch"`` or
+            ``"safetensors"`` (a file of one state dict). Default: ``"auto"``
         max_shard_size: write safetensors as a folder of shards of at most so many bytes, an int or
             ``"5GB"``, ``"500MB"``, with an index; as ``model.safetensors`` in the folder if all
             fits in one. A larger tensor gets a shard of its own. Default: None, one file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..errors import ReadError, RefusedError
 from .carry import Writer, write_folder
 from .flatstore import FlatStore
 from .folderstore import AccelerateStore, ShardedStore
-from .header import Header, TensorInfo, encode_header, lay_out, read_header
+from .header import Header, TensorInfo, encode_header, lay_out, merged_metadata, read_header
 from .readback import same_bytes_of
 from .safetensors import describe, package_order, read_tensor, write_tensor
 from .shard_index import other_checkpoints, read_index
@@ -57,6 +56,7 @@ class _OldFiles:
         folder: what lies beside them, to be carried over; None for a single file.
         replaced: names in the folder that the new files stand for.
         content: of their index.
+        extracted: metadata for what is of another format.
     """
 
     files: list[tuple[Path, Header]]
@@ -64,14 +64,14 @@ class _OldFiles:
     folder: Path | None = None
     replaced: Collection[str] = ()
     content: Mapping[str, Any] = field(default_factory=dict)
+    extracted: Mapping[str, str] | None = None
 
     @property
     def metadata(self) -> Mapping[str, str] | None:
         """For each new file: what the old ones have, the first one's where they contradict."""
         if not self.files:
-            return {"format": "pt"}
-        given = [header.metadata for _, header in self.files if header.metadata is not None]
-        return dict(ChainMap(*map(dict, given))) if given else None
+            return self.extracted
+        return merged_metadata(header for _, header in self.files)
 
     @property
     def as_the_package(self) -> bool:
@@ -199,9 +199,9 @@ def write_shards(
         from .crossformat import for_safetensors
         from .save import refuse_shared
 
-        new = for_safetensors(store, replacements, state, options)
+        new, metadata = for_safetensors(store, replacements, state, options)
         refuse_shared(new)
-        old = _OldFiles([], list(new))
+        old = _OldFiles([], list(new), extracted=metadata)
     parts = old.parts(new)
     shards = _shards(parts, old, limit)
     writers: dict[str, Writer] = {name: shard.write for name, shard in shards.items()}

@@ -126,7 +126,7 @@ class Side:
         """Yield where there is something else than tensors and mappings."""
         yield from self.objects
         if isinstance(self.store, TreeStore):
-            for path, mapping in self.store.mapping_objects():
+            for path, mapping in self.store.mapping_objects.items():
                 yield from ((path, key) for key, node in mapping.items() if _is_other(node))
 
 

@@ -72,12 +72,14 @@ class Store(Protocol):
     """An open checkpoint.
 
     Attributes:
+        path: where it is.
         format: its name in reports.
         tensors: how many it holds.
         warnings: what the user should know.
         opaque_globals: names of Python objects carried through unexecuted.
     """
 
+    path: Path
     format: str
     tensors: int
     warnings: list[str]

@@ -56,9 +56,10 @@ class TreeStore:
         for path, mapping in self._mappings.items():
             yield path, specs_of(mapping)
 
-    def mapping_objects(self) -> Iterable[tuple[tuple[Any, ...], MutableMapping[Any, Any]]]:
-        """Return each dictionary of the tree with its path."""
-        return self._mappings.items()
+    @property
+    def mapping_objects(self) -> dict[tuple[Any, ...], MutableMapping[Any, Any]]:
+        """The dictionaries of the tree, by their paths."""
+        return self._mappings
 
     def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
         """Return one tensor of a mapping."""

@@ -36,7 +36,10 @@ selecting_options = _together(
         "--exclude", multiple=True, metavar="GLOB", help="Not BatchNorms of this name; repeatable."
     ),
     click.option(
-        "--state", metavar="PATH", help="Only this part of the file, for example model_ema."
+        "--state",
+        metavar="PATH",
+        help="Look in this part of the file alone, for example model_ema; with --format, only that "
+        "is written.",
     ),
     click.option(
         "--ema-underscore", is_flag=True, help="Also MMCV's EMA copies (ema_..._running_mean)."
