@@ -303,6 +303,37 @@ def test_case_17_the_state_option_narrows_to_one_sub_tree(tmp_path: Path) -> Non
     assert out["model_ema"]["module.head.running_mean"].shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("options", "converted", "told"),
+    [
+        ({"exclude": ["model_ema.*"]}, ["model.bn", "model.norm1"], []),
+        ({"exclude": ["model.norm*"]}, ["model.bn", "model_ema.bn"], []),
+        ({"include": ["model.bn"]}, ["model.bn"], []),
+        ({"include": ["bn"]}, ["model.bn", "model_ema.bn"], []),
+        (
+            {"include": ["*.bn", "x"], "exclude": ["y*"]},
+            ["model.bn", "model_ema.bn"],
+            [
+                "--include x matches no BatchNorm; inspect lists their names.",
+                "--exclude y* matches no BatchNorm; inspect lists their names.",
+            ],
+        ),
+    ],
+)
+def test_patterns_match_the_names_that_are_printed_or_are_told(
+    tmp_path: Path, options: dict[str, Any], converted: list[str], told: list[str]
+) -> None:
+    model = {**bn_state(), **nn.BatchNorm1d(3).state_dict(prefix="norm1.")}
+    path = save(tmp_path, {"model": model, "model_ema": bn_state()})
+    report = convert_checkpoint(path, tmp_path / "out", 2, fsync=False, **options)
+    taken = [group.name for group in report.groups if group.action == "converted"]
+    assert taken == converted
+    assert list(report.warnings) == told
+    if told:
+        with pytest.raises(RefusedError, match="--include x matches no BatchNorm"):
+            convert_checkpoint(path, tmp_path / "strict", 2, strict=True, **options)
+
+
 def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Path) -> None:
     state = Net().state_dict()
     for key in list(state):

@@ -79,6 +79,10 @@ class Group:
         """The path and the name, as messages show them."""
         return dotted((*self.path, self.name)) if self.name else dotted(self.path) or "(top level)"
 
+    def is_called(self, glob: str) -> bool:
+        """Whether a pattern matches its name, in its state dict or as messages show it."""
+        return fnmatchcase(self.name, glob) or fnmatchcase(self.full_name, glob)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of running_mean, running_var and, if there is one, num_batches_tracked."""
@@ -99,7 +103,7 @@ class Selection:
     """Which groups the caller wants.
 
     Attributes:
-        include: glob patterns on the names of groups; empty takes all.
+        include: glob patterns on the names of groups, short or full; empty takes all.
         exclude: glob patterns of groups to leave out.
         state: dotted path of the sub-tree to look in; None is the whole file.
         ema_underscore: whether MMCV's underscore copies are wanted.
@@ -115,13 +119,24 @@ class Selection:
         path = dotted(group.path)
         if self.state is not None and path != self.state and not path.startswith(self.state + "."):
             return f"outside --state {self.state}"
-        if self.include and not any(fnmatchcase(group.name, glob) for glob in self.include):
+        if self.include and not any(group.is_called(glob) for glob in self.include):
             return "not matched by --include"
-        if any(fnmatchcase(group.name, glob) for glob in self.exclude):
+        if any(group.is_called(glob) for glob in self.exclude):
             return "matched by --exclude"
         if group.underscore and not self.ema_underscore:
             return "an MMCV EMA copy; --ema-underscore takes it"
         return None
+
+    def unmatched(self, groups: Iterable[Group]) -> list[str]:
+        """Return one warning for each pattern that matches none of the groups."""
+        groups = list(groups)
+        options = [("include", glob) for glob in self.include]
+        options += [("exclude", glob) for glob in self.exclude]
+        return [
+            f"--{option} {glob} matches no BatchNorm; inspect lists their names."
+            for option, glob in options
+            if not any(group.is_called(glob) for group in groups)
+        ]
 
 
 def dotted(path: Iterable[Any]) -> str:

@@ -41,8 +41,8 @@ class Options:
     """Options of :func:`convert_checkpoint` and its siblings, given as keywords.
 
     Attributes:
-        include: glob patterns on the names of BatchNorms, ``("layer1.*",)``; only those are
-            taken. Default: all
+        include: glob patterns on the names of BatchNorms, in their state dict or as ``inspect``
+            prints them, ``("layer1.*", "model_ema.*")``; only those are taken. Default: all
         exclude: glob patterns of BatchNorms to leave alone. Default: none
         state: dotted path of the sub-tree to look in, ``"model_ema"``; with ``format``, that
             alone is written. Default: the whole file

@@ -86,6 +86,7 @@ def survey(store: Store, path: Path, selection: Selection, state: str | None) ->
             result.skipped.append((group, reason))
     if not result.chosen and state is not None:
         raise _nothing(store, path, result.skipped, result.concerns)
+    result.concerns += selection.unmatched(groups) if groups else []
     _tell_skipped(result)
     return result
 

@@ -30,10 +30,17 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 selecting_options = _together(
     click.option(
-        "--include", multiple=True, metavar="GLOB", help="Only BatchNorms of this name; repeatable."
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        help="Only BatchNorms of this name, in their state dict or as inspect prints it; "
+        "repeatable.",
     ),
     click.option(
-        "--exclude", multiple=True, metavar="GLOB", help="Not BatchNorms of this name; repeatable."
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        help="Not BatchNorms of this name, likewise; repeatable.",
     ),
     click.option(
         "--state",
