@@ -15,7 +15,7 @@ import tarfile
 import types
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -39,6 +39,9 @@ from distbn_convert.errors import (
 
 from .checkpoints import BATCH_NORMS, Net, bn_state, load, repickled, resaved, run_cli
 
+LEFT_ALONE = (
+    "left alone: its running_mean or running_var is no plain tensor, or in a Python object."
+)
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
 
@@ -56,6 +59,15 @@ class Custom:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Custom) and self.value == other.value
+
+
+class Listed(list):  # type: ignore[type-arg]
+    pass
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
 
 
 class Subclass(torch.Tensor):
@@ -164,10 +176,36 @@ def test_statistics_that_opaque_does_not_look_into_are_told(tmp_path: Path) -> N
     assert convert_checkpoint(path, tmp_path / "all.pth", 2).counts == {"converted": 2}
     report = convert_checkpoint(path, tmp_path / "one.pth", 2, opaque=True)
     assert report.counts == {"converted": 1}
-    assert "two left alone: its running_mean or running_var is no plain tensor." in report.warnings
+    assert f"two {LEFT_ALONE}" in report.warnings
     path = save(path, {**bn_state(), "two.running_mean": 0.5, "two.running_var": 0.25})
     report = convert_checkpoint(path, tmp_path / "numbers.pth", 2)
-    assert "two left alone: its running_mean or running_var is no plain tensor." in report.warnings
+    assert f"two {LEFT_ALONE}" in report.warnings
+
+
+def test_lists_are_looked_into_with_opaque_and_what_is_in_other_objects_is_told(
+    tmp_path: Path,
+) -> None:
+    """Pickled modules keep their statistics in such objects, where ranks would break them."""
+    queue, pair = collections.deque([bn_state()]), Pair(bn_state(), 3)
+    objects = {"pair": pair, "custom": Custom(bn_state()), "module": nn.BatchNorm2d(3)}
+    told = [f"pair.args.0.bn and 2 more {LEFT_ALONE}"]
+    path = save(tmp_path / "in.pth", {"list": Listed([bn_state(), 3]), "queue": queue, **objects})
+    report = inspect_checkpoint(path, opaque=True)
+    assert [group.name for group in report.groups] == ["list.0.bn", "queue.0.bn"]
+    assert report.tensors == 5 * 5
+    assert list(report.warnings) == told
+    assert convert_checkpoint(path, tmp_path / "v.pth", 2, opaque=True).warnings == (*told,)
+    virtual = load(tmp_path / "v.pth")
+    assert type(virtual["list"]) is Listed
+    assert virtual["list"][0]["bn.running_var"].shape == (2, 3)
+    assert virtual["queue"][0]["bn.running_var"].shape == (2, 3)
+    assert virtual["pair"].first["bn.running_var"].shape == (3,)
+    verify_checkpoint(tmp_path / "v.pth", path, opaque=True)
+    revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth", opaque=True)
+    verify_checkpoint(tmp_path / "back.pth", path, opaque=True)
+    alone = save(tmp_path / "alone.pth", objects)
+    with pytest.raises(NothingToDoError, match=r"\(15 tensors\)\. pair\.args\.0\.bn and 2"):
+        convert_checkpoint(alone, tmp_path / "no.pth", 2, opaque=True)
 
 
 def test_what_the_safe_loader_does_not_accept_of_torch_itself_is_named(tmp_path: Path) -> None:

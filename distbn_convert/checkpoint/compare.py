@@ -128,8 +128,10 @@ def _parts(node: Any) -> Parts | None:
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
     if isinstance(node, InertObject):
-        own = [(name, value) for name, value in vars(node).items() if name != "items"]
-        return [*own, ("type", type(node)), *node.items.items()]
+        # Items and elements at the paths that walk_mappings gives them.
+        rest = [(name, v) for name, v in vars(node).items() if name not in ("items", "elements")]
+        inside = [*node.items.items(), *enumerate(node.elements)]
+        return [*inside, *rest, ("type", type(node))]
     parts = list(node.items()) if isinstance(node, dict) else []
     if isinstance(node, _WHOLE) or not hasattr(node, "__dict__"):
         return parts if isinstance(node, dict) else None

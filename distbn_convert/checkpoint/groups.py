@@ -23,6 +23,7 @@ __all__ = [
 PLAIN = (str, bytes, int, float, complex, type(None))  # equal if they look it
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_NOT_PLAIN = "its running_mean or running_var is no plain tensor, or in a Python object"
 _NAMES = frozenset(("weight", "bias", *STATISTICS))
 
 
@@ -193,7 +194,7 @@ def _judge(
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         return LookAlike(path, prefix, f"has running_mean but also {shown}{more}: not BatchNorm")
     if None in [specs[prefix + name] for name in ("running_mean", "running_var") if name in names]:
-        return LookAlike(path, prefix, "its running_mean or running_var is no plain tensor")
+        return LookAlike(path, prefix, _NOT_PLAIN)
     return _group(specs, path, prefix)
 
 

@@ -41,6 +41,11 @@ class TreeStore:
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
         self._mappings = dict(walk_mappings(file.tree, options.state))
+        self._in_objects: list[tuple[tuple[Any, ...], MutableMapping[Any, Any]]] = []
+        if options.opaque:
+            known = {id(mapping) for mapping in self._mappings.values()}
+            mappings = walk_mappings(file.tree, objects=True)
+            self._in_objects = [item for item in mappings if id(item[1]) not in known]
 
     @property
     def tree(self) -> Any:
@@ -52,9 +57,11 @@ class TreeStore:
         return [self.path]
 
     def mappings(self) -> Mappings:
-        """Describe each dictionary of the tree."""
+        """Describe each dictionary of the tree; of those in unknown objects the keys alone."""
         for path, mapping in self._mappings.items():
             yield path, specs_of(mapping)
+        for path, mapping in self._in_objects:
+            yield path, dict.fromkeys(mapping)
 
     @property
     def mapping_objects(self) -> dict[tuple[Any, ...], MutableMapping[Any, Any]]:

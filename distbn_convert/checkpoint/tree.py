@@ -22,17 +22,18 @@ _DEEPEST = 1000
 
 
 def walk_mappings(
-    tree: Any, first: str | None = None
+    tree: Any, first: str | None = None, objects: bool = False
 ) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
     """Yield each mapping of a nested tree once, with the keys that lead to it, in order.
 
     Cycles end, and a mapping that is shared appears under the first of its paths. Dictionaries,
-    lists and tuples are looked into, and the items of unknown dictionaries; objects are not.
+    lists and tuples are looked into, and the items of unknown dictionaries and lists.
 
     Args:
         tree: what was loaded.
         first: dotted path of a sub-tree to begin with, so that what is shared appears under it.
             Default: None, the top
+        objects: look into all else that unknown objects are made of, too. Default: False
 
     Raises:
         RefusedError: mappings are nested deeper than any checkpoint's.
@@ -45,7 +46,7 @@ def walk_mappings(
         path, way, node = stack.pop()
         if id(node) in seen:
             continue
-        children = list(_children(node))
+        children = list(_children(node, objects))
         if children:
             seen.add(id(node))
         if isinstance(node, InertObject):
@@ -85,20 +86,23 @@ def walk_leaves(tree: Any) -> Iterator[Any]:
     stack = [tree]
     while stack:
         node = stack.pop()
-        if not isinstance(node, (dict, list, tuple)):
+        if not isinstance(node, (dict, list, tuple, InertObject)):
             yield node
         elif id(node) not in seen:
             seen.add(id(node))
-            stack.extend(value for _, value in reversed(list(_children(node))))
+            stack.extend(value for _, value in reversed(list(_children(node, objects=True))))
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def _children(node: Any, objects: bool = False) -> Iterator[tuple[Any, Any]]:
     if isinstance(node, dict):
         yield from node.items()
     elif isinstance(node, (list, tuple)):
         yield from enumerate(node)
     elif isinstance(node, InertObject):
         yield from node.items.items()
+        yield from enumerate(node.elements)
+        if objects:
+            yield from (("args", node.args), ("kwargs", node.kwargs), ("states", node.states))
 
 
 def specs_of(mapping: Mapping[Any, Any]) -> dict[Any, TensorSpec | None]:
