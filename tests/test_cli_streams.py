@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -125,6 +126,27 @@ def test_a_closed_terminal_ends_the_command_unless_that_is_ignored(
     assert process.returncode == (0 if ignored else 143), err
     assert os.listdir(temporary) == []
     assert (tmp_path / "out").exists() == ignored
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("latin-1", r"\u5c64"), ("cp1252", r"\u5c64"), ("utf-8", "層")]
+)
+def test_any_name_can_be_told_in_any_encoding(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, shown: str
+) -> None:
+    torch.save({"層": Net().state_dict()}, tmp_path / "層")
+    commands = [(0, ["convert", "層", "out", "-f", *RANKS]), (0, ["inspect", "層"])]
+    monkeypatch.chdir(tmp_path)
+    for code, command in (*commands, (7, ["inspect", "層層"])):
+        for json_too in ([], ["--json"]):
+            out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            monkeypatch.setattr(sys, "stdout", out)
+            done = run_cli(capsys, *command, *json_too)
+            told = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+            assert done.code == code, done
+            if json_too:
+                assert json.loads(told).get("error", {"exit_code": 0})["exit_code"] == code
+            assert ("\\u5c64" if json_too else shown) in told or code == 7
 
 
 def test_the_standard_input_cannot_be_written_in_place(capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -130,7 +131,7 @@ def label(word: str) -> str:
 
 
 def check_streams() -> None:
-    """Refuse to begin without a standard output.
+    """Refuse to begin without a standard output, and let it take any text, as stderr does.
 
     Raises:
         FileAccessError: it is closed.
@@ -138,6 +139,8 @@ def check_streams() -> None:
     _spools.clear()
     if sys.stdout is None:
         raise _closed("stdout")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _closed(name: str) -> FileAccessError:
@@ -180,9 +183,12 @@ def say(text: str, err: bool = False) -> None:
 
 
 def echo_json(document: Any) -> None:
-    """Print one JSON document on stdout; what is not finite, which JSON lacks, becomes null."""
+    """Print one JSON document on stdout, in ASCII, which every encoding has.
+
+    What is not finite, which JSON lacks, becomes null.
+    """
     with to_stdout():
-        click.echo(json.dumps(_for_json(document), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_for_json(document), indent=2))
 
 
 def _for_json(value: Any) -> Any:
