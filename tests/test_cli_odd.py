@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,34 @@ def test_a_file_may_have_any_name(capsys: Any, tmp_path: Path, name: bytes, suff
     assert run_cli(capsys, "convert", "--vt-world-size", 2, "--", plain, back).code == 0
     assert run_cli(capsys, "convert", "-f", "--vt-world-size", 2, "--", plain, back).code == 0
     assert back.read_bytes() == virtual.read_bytes()
+
+
+CONVERT_ALL = """
+import sys
+from distbn_convert.checkpoint import convert_checkpoint
+for name in sys.argv[1:]:
+    convert_checkpoint(name, name + "v", 2, fsync=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
+@pytest.mark.parametrize("locale", ["C", "latin-1"])
+def test_a_name_need_not_be_of_the_encoding_of_the_locale(tmp_path: Path, locale: str) -> None:
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    if locale == "latin-1":
+        made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / "locale")]
+        if not shutil.which("localedef") or subprocess.run(made, capture_output=True).returncode:
+            pytest.skip("this system cannot make a locale with ISO-8859-1")
+        env |= {"LOCPATH": str(tmp_path), "LC_ALL": "locale"}
+    names = [os.fsencode(tmp_path) + b"/" + name for name in (b"gr\xf6\xdfe", "日本".encode())]
+    for name in names:
+        torch.save(Net().state_dict(), os.fsdecode(name))
+    done = subprocess.run([sys.executable, "-c", CONVERT_ALL, *names], env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert {name + b"v" for name in names} <= {
+        entry.path for entry in os.scandir(os.fsencode(tmp_path))
+    }
 
 
 @pytest.mark.parametrize(

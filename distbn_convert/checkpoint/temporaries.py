@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def _remove_ours(pid: int) -> None:
 
 
 def _stem(target: Path) -> str:
-    return f".{os.fsencode(target.name)[:_NAME_BYTES].decode(errors='ignore')}."
+    start = os.fsencode(target.name)[:_NAME_BYTES]
+    return f".{start.decode(sys.getfilesystemencoding(), 'ignore')}."
 
 
 def remove_stale(target: Path) -> None:

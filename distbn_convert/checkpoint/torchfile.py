@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import re
 import warnings
 import zipfile
@@ -88,7 +89,7 @@ def load_torch(
             _mapping_privately(),
         ):
             warnings.simplefilter("ignore")
-            # torch takes *.safetensors for that, whatever is in it, and maps UTF-8 names alone.
+            # torch takes *.safetensors for that, whatever is in it, and maps by the UTF-8 name.
             if stored and path.suffix != ".safetensors" and _is_utf8(path):
                 result.tree = torch.load(str(path), mmap=True, **options)
                 result.mapped = path
@@ -155,11 +156,11 @@ def unknown_globals(path: Path) -> list[str]:
 
 
 def _is_utf8(path: Path) -> bool:
+    """Whether the name on the disk is UTF-8: the locale may have another encoding."""
     try:
-        str(path).encode()
+        return str(path).encode() == os.fsencode(path)
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _data_pkl(path: Path, archive: zipfile.ZipFile) -> str:
