@@ -86,6 +86,13 @@ class InertObject(metaclass=InertGlobal):
         return function, args, state, iter(self.elements), iter(self.items.items())
 
 
+class _UntypedStorage(InertObject):
+    """A stand-in for torch's class, of which torch asks how large its elements are."""
+
+    global_name = ("torch.storage", "UntypedStorage")
+    dtype = torch.uint8
+
+
 def _called(function: Any, args: tuple[Any, ...]) -> InertObject:
     result = InertObject.__new__(InertObject, *args)
     result.function = function
@@ -132,7 +139,8 @@ _FUNCTIONS = [
     _Known("_codecs", "encode", _encode),
     *(_Known("torch._utils", name, getattr(torch._utils, name)) for name in _REBUILDERS),
 ]
-_KNOWN = {function.global_name: function for function in _FUNCTIONS}
+_KNOWN: dict[tuple[str, str], Any] = {function.global_name: function for function in _FUNCTIONS}
+_KNOWN[_UntypedStorage.global_name] = _UntypedStorage
 
 
 def known_global(module: str, name: str) -> Any:

@@ -73,9 +73,7 @@ def load_torch(
     """
     zipped = starts_as_zip(path)
     stored = zipped and _check_members(path, allow_compressed)
-    result = TorchFile(None)
-    if zipped:
-        result.protocol, result.zipped = _protocol(path), path
+    result = TorchFile(None, _protocol(path, zipped), zipped=path if zipped else None)
     extra = allowed_globals(allow_globals)
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     if opaque:
@@ -184,12 +182,17 @@ def _check_members(path: Path, allow_compressed: bool) -> bool:
     return all(info.compress_type == zipfile.ZIP_STORED for info in infos)
 
 
-def _protocol(path: Path) -> int:
-    with (
-        reading_zip(path, fault="its data.pkl cannot be read") as archive,
-        archive.open(_data_pkl(path, archive)) as member,
-    ):
-        start = member.read(2)
+def _protocol(path: Path, zipped: bool) -> int:
+    """Return the protocol of the pickle, in legacy files that of the first."""
+    if zipped:
+        with (
+            reading_zip(path, fault="its data.pkl cannot be read") as archive,
+            archive.open(_data_pkl(path, archive)) as member,
+        ):
+            start = member.read(2)
+    else:
+        with open(path, "rb") as file:
+            start = file.read(2)
     return start[1] if len(start) == 2 and start[0] == 0x80 and start[1] in range(2, 6) else 2
 
 
