@@ -17,6 +17,7 @@ from torch import nn
 from distbn_convert import convert_model
 from distbn_convert.checkpoint import (
     convert_checkpoint,
+    gather_checkpoints,
     inspect_checkpoint,
     revert_checkpoint,
     verify_checkpoint,
@@ -43,6 +44,7 @@ from .checkpoints import (
     train,
 )
 
+COUNT = "num_batches_tracked"
 GROUPS = {"torchvision": 2, "timm": 2, "lightning": 2, "moco": 2}  # sets of BatchNorms
 
 
@@ -304,6 +306,23 @@ def test_metadata_and_parameters_survive(tmp_path: Path) -> None:
     assert virtual._metadata == state._metadata  # type: ignore[attr-defined]
     assert isinstance(virtual["bn.weight"], nn.Parameter)
     assert isinstance(virtual["bn.running_mean"], nn.Parameter)
+
+
+def test_what_statistics_are_is_kept_with_their_ties(tmp_path: Path) -> None:
+    state = bn_state()
+    count = nn.Parameter(state["bn.num_batches_tracked"], requires_grad=False)
+    state |= {"bn.running_mean": nn.Parameter(state["bn.running_mean"]), f"bn.{COUNT}": count}
+    state["bn.running_var"].requires_grad_()
+    state |= {f"tied.{key.removeprefix('bn.')}": value for key, value in state.items()}
+    path = save(tmp_path, state)
+    back = round_trip(path)
+    virtual = load(tmp_path / "virtual")
+    assert isinstance(virtual[f"bn.{COUNT}"], nn.Parameter)
+    assert virtual["bn.running_var"].requires_grad
+    assert virtual["tied.running_mean"] is virtual["bn.running_mean"]
+    assert back.read_bytes() == resaved(path)
+    gather_checkpoints([path, path], tmp_path / "both")
+    assert isinstance(load(tmp_path / "both")[f"bn.{COUNT}"], nn.Parameter)
 
 
 def test_a_damaged_member_is_found_by_its_checksum(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ Replacements = dict[tuple[Path, str], Tensor]  # (path of the mapping, key) -> n
 class _Ties:
     """Values already computed, by the memory that they come from, so that ties stay ties.
 
-    After loading, a BatchNorm under two names is two tensors on one storage.
+    After loading, a BatchNorm under two names is two tensors on one storage. A value is what its
+    first source is, a Parameter or a tensor, with a gradient or without.
     """
 
     def __init__(self) -> None:
@@ -34,13 +35,14 @@ class _Ties:
         The sources are kept alive, so that their addresses are not given to others.
         """
         if any(source.numel() == 0 for source in sources):  # no memory, no identity
-            return compute()
+            return _like(sources[0], compute())
         key = tuple(_identity(source) for source in sources)
         if key not in self._known:
-            self._known[key] = (sources, compute())
+            self._known[key] = (sources, _like(sources[0], compute()))
         known, value = self._known[key]
         same = all(one is other for one, other in zip(known, sources, strict=True))
-        return value if same else value.detach()  # another tensor on the same memory
+        # Else another tensor on the same memory.
+        return value if same else _like(sources[0], value.detach())
 
 
 def _identity(tensor: Tensor) -> Hashable:
@@ -64,7 +66,7 @@ def replicate_groups(groups: Iterable[Group], read: Read, ranks: int) -> Replace
         for key in group.keys:
             old = read(group.path, key)
             new = ties.get((old,), lambda old=old: replicate(old, ranks))  # type: ignore[misc]
-            replacements[group.path, key] = _like(old, new)
+            replacements[group.path, key] = new
     return replacements
 
 
@@ -93,10 +95,9 @@ def reduce_groups(groups: Iterable[Group], read: Read, reduction: str, rank: int
             _check_overflow(group, key, old, new, reduction)
             # A pooled variance depends on the mean as well.
             sources = (old,) if reduction != "pooled" or old is mean else (old, mean)
-            tied = ties.get(sources, new.clone)
-            replacements[group.path, key] = _like(old, tied)
+            replacements[group.path, key] = ties.get(sources, new.clone)
         for old in count:
-            new = reduce_count(old, reduction, rank)
+            new = reduce_count(old.detach(), reduction, rank)
             replacements[group.path, group.keys[2]] = ties.get((old,), new.clone)
     return replacements
 
@@ -132,15 +133,17 @@ def gather_groups(groups: Iterable[Group], reads: Sequence[Read], reduction: str
                 if reduction != "pooled"
                 else [*sources[key], sources[group.keys[0]][0]]
             )
-            tied = ties.get(tuple(from_), lambda new=new: new)  # type: ignore[misc]
-            replacements[group.path, key] = _like(sources[key][0], tied)
+            replacements[group.path, key] = ties.get(
+                tuple(from_),
+                lambda new=new: new,  # type: ignore[misc]
+            )
     return replacements
 
 
 def pooled_excess(mean: Tensor, var: Tensor) -> float:
     """Return by what part pooled variances exceed averaged ones, at the median channel."""
-    _, averaged = reduce_statistics(mean, var, "mean")
-    _, pooled = reduce_statistics(mean, var, "pooled")
+    _, averaged = reduce_statistics(mean.detach(), var.detach(), "mean")
+    _, pooled = reduce_statistics(mean.detach(), var.detach(), "pooled")
     excess = (pooled.double() / averaged.double() - 1)[averaged > 0]
     return float(excess.nanmedian()) if excess.numel() else 0.0
 
@@ -154,5 +157,7 @@ def _check_overflow(group: Group, key: str, old: Tensor, new: Tensor, reduction:
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
-    """A statistic that was saved as a Parameter stays one."""
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    """A statistic that was saved as a Parameter, or to have a gradient, still is."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, old.requires_grad)
+    return new.requires_grad_(old.requires_grad)
