@@ -149,6 +149,47 @@ def test_any_name_can_be_told_in_any_encoding(
             assert ("\\u5c64" if json_too else shown) in told or code == 7
 
 
+EXPORT = ["models", "export", "resnet18", "-", "--vt-world-size", "2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["convert", "plain.pth", "-", "--exclude", "odd", *RANKS], 0),
+        (["gather", "plain.pth", "plain.pth", "-"], 0),
+        (["revert", "plain.pth", "-"], 3),
+        (EXPORT, 0),
+        ([*EXPORT[:2], "no_such_model", *EXPORT[3:]], 2),
+    ],
+)
+@pytest.mark.parametrize("json_too", [True, False])
+def test_nothing_is_told_where_a_checkpoint_goes(
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    plain: Path,
+    command: list[str],
+    code: int,
+    json_too: bool,
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    data = io.BytesIO()
+    out = io.TextIOWrapper(data)
+    monkeypatch.setattr(sys, "stdout", out)
+    done = run_cli(capsys, *command, *(["--json"] if json_too else []))
+    assert done.code == code, done
+    assert os.listdir() == ["plain.pth"]
+    if json_too:
+        document = json.loads(done.err)
+        assert document["error"]["exit_code"] == code if code else document["output"]["path"] == "-"
+        assert ("--exclude odd" in done.err) == ("odd" in command)
+    if code:
+        assert data.getvalue() == b""
+    else:
+        data.seek(0)
+        assert len(torch.load(data)) > 0
+        assert json_too or done.err.splitlines()[-1].startswith(("converted", "gathered", "wrote"))
+
+
 def test_the_standard_input_cannot_be_written_in_place(capsys: Any) -> None:
     for command in (["convert", "-", *RANKS], ["revert", "-"]):
         done = run_cli(capsys, *command, "--in-place")

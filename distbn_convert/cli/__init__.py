@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its status; errors of this package become one line."""
     args = sys.argv[1:] if args is None else args
     catch_signals()
-    told: dict[str, str] = {}  # what a command says about itself, for an error
+    told: dict[str, str | None] = {}  # what a command says about itself, for an error
     try:
         check_streams()
         asked = {"-h", "--help", "--version"} & set(args)  # then click does nothing but print
@@ -89,11 +89,11 @@ def main(args: list[str] | None = None) -> None:
         status = 0
     except BaseException as error:
         ignore_signals()
-        status = _end(stop_behind(error), args, told.get("path"))
+        status = _end(stop_behind(error), args, told)
     sys.exit(status)
 
 
-def _end(error: BaseException, args: list[str], path: str | None) -> int:
+def _end(error: BaseException, args: list[str], told: dict[str, str | None]) -> int:
     """Tell about an error and return the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -107,15 +107,17 @@ def _end(error: BaseException, args: list[str], path: str | None) -> int:
     if isinstance(error, StdoutError):
         with contextlib.suppress(OSError):  # which else comes again when Python ends
             sys.stdout.close()
-    if "--json" in args and sys.stdout is not None and not sys.stdout.closed:
+    on_stderr = told.get("dst") == "-"
+    stream = sys.stderr if on_stderr else sys.stdout
+    if "--json" in args and stream is not None and not stream.closed:
         hint = re.split(r"[;.] ", message)[-1] if re.search(r"[;.] ", message) else None
-        document = {"code": code, "message": message, "hint": hint, "path": path}
-        echo_json({"schema": 1, "error": {**document, "exit_code": status}})
+        document = {"code": code, "message": message, "hint": hint, "path": told.get("path")}
+        echo_json({"schema": 1, "error": {**document, "exit_code": status}}, err=on_stderr)
     elif isinstance(error, click.UsageError):
         text = io.StringIO()
         error.show(text)
-        told = re.sub("^Error:", label("Error"), text.getvalue(), count=1, flags=re.MULTILINE)
-        click.echo(told, err=True, nl=False, color=allow_color(args))
+        usage = re.sub("^Error:", label("Error"), text.getvalue(), count=1, flags=re.MULTILINE)
+        click.echo(usage, err=True, nl=False, color=allow_color(args))
     else:
         click.echo(f"{label('Error')} {message}", err=True, color=allow_color(args))
     if status == 1 and not isinstance(error, (DistBNError, click.ClickException)):

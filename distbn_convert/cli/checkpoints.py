@@ -211,11 +211,11 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
 class _Talk:
     """What the user wants to hear; takes its options out of those of the library.
 
-    Errors under ``--json`` name the input, so that is noted here.
+    Errors under ``--json`` name the input, and leave stdout to an output that goes there.
     """
 
-    def __init__(self, options: dict[str, Any], src: str) -> None:
-        click.get_current_context().obj["path"] = src
+    def __init__(self, options: dict[str, Any], src: str, dst: str | None = None) -> None:
+        click.get_current_context().obj.update(path=src, dst=dst)
         self.json: bool = options.pop("as_json")
         self.quiet: bool = options.pop("quiet")
         self.verbose: bool = options.pop("verbose")
@@ -235,7 +235,7 @@ def _write(
     options: dict[str, Any],
 ) -> None:
     """Run a command that writes, with its streams, progress and report."""
-    talk = _Talk(options, srcs[0])
+    talk = _Talk(options, srcs[0], dst)
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
     if options["in_place"] and dst and not os.path.exists(dst):
@@ -245,10 +245,11 @@ def _write(
     bar = ProgressBar(not (talk.quiet or talk.json))
     with input_paths(*srcs) as paths, output_path(dst) as out, bar as progress:
         report = run(paths, out, progress=progress, **options)
-    talk.warn(report.warnings)
     on_stderr = dst == "-"
-    if talk.json and not on_stderr:
-        echo_json(report.to_dict())
+    if not (talk.json and on_stderr):  # the document has them
+        talk.warn(report.warnings)
+    if talk.json:
+        echo_json(report.to_dict(), err=on_stderr)
     elif not talk.quiet:
         say(summary(report, done), err=on_stderr)
         if report.opaque_globals:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from ..errors import FileAccessError
-from .options import no_color
-from .streams import echo_json, say
+from .options import json_option, no_color
+from .streams import echo_json, output_path, say
 
 __all__ = ["models"]
 
@@ -60,22 +60,23 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
 
 @models.command()
 @click.argument("name")
-@click.argument("dst", type=click.Path())
+@click.argument("dst")
 @click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
 @click.option("--weights", help="torchvision's pretrained weights, for example DEFAULT.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing DST.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 @no_color
 def export(
     name: str, dst: str, vt_world_size: int, weights: str | None, force: bool, as_json: bool
 ) -> None:
-    """Write the state dict of a torchvision model with virtual ranks.
+    """Write the state dict of a torchvision model with virtual ranks. DST may be - for stdout.
 
     \b
     Example:
         $ distbn-convert models export resnet18 resnet18.pth --vt-world-size 8
         wrote resnet18 with 8 virtual ranks to resnet18.pth
     """
+    click.get_current_context().obj.update(dst=dst)
     with _needs_torchvision():
         from ..models import get_model
     from ..checkpoint import inspect_checkpoint, save_state_dict
@@ -87,13 +88,16 @@ def export(
             f"cannot fetch the weights {weights} of {name}: {getattr(error, 'reason', error)}; "
             "check the network, or leave --weights out."
         ) from error
-    save_state_dict(model.state_dict(), dst, overwrite=force)
+    with output_path(dst) as out:
+        assert out is not None  # DST is required
+        save_state_dict(model.state_dict(), out, overwrite=force)
+        output = asdict(inspect_checkpoint(out).source) if as_json else None
     if as_json:
-        output = asdict(inspect_checkpoint(dst).source)
         document = {"schema": 1, "command": "models export", "model": name, "weights": weights}
-        echo_json({**document, "virtual_ranks": vt_world_size, "output": output})
+        document |= {"virtual_ranks": vt_world_size, "output": output}
+        echo_json(document, err=dst == "-")
         return
-    say(f"wrote {name} with {vt_world_size} virtual ranks to {dst}")
+    say(f"wrote {name} with {vt_world_size} virtual ranks to {dst}", err=dst == "-")
 
 
 def _list(names: tuple[str, ...], as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 __all__ = [
+    "json_option",
     "no_color",
     "output_options",
     "ratio_option",
@@ -120,8 +121,15 @@ no_color = click.option(
     "--no-color", is_flag=True, expose_value=False, help="No colours, as with NO_COLOR set."
 )
 
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON document on stdout, or on stderr if the output goes to stdout.",
+)
+
 talking_options = _together(
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    json_option,
     click.option("-q", "--quiet", is_flag=True, help="Print errors alone."),
     click.option("-v", "--verbose", is_flag=True, help="Print each BatchNorm, and tracebacks."),
     no_color,

@@ -182,13 +182,12 @@ def say(text: str, err: bool = False) -> None:
         click.echo(as_given(text))
 
 
-def echo_json(document: Any) -> None:
-    """Print one JSON document on stdout, in ASCII, which every encoding has.
+def echo_json(document: Any, err: bool = False) -> None:
+    """Print one JSON document on stdout or stderr, in ASCII, which every encoding has.
 
     What is not finite, which JSON lacks, becomes null.
     """
-    with to_stdout():
-        click.echo(json.dumps(_for_json(document), indent=2))
+    say(json.dumps(_for_json(document), indent=2), err)
 
 
 def _for_json(value: Any) -> Any:
