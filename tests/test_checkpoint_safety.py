@@ -212,6 +212,8 @@ def test_lists_are_looked_into_with_opaque_and_what_is_in_other_objects_is_told(
     verify_checkpoint(tmp_path / "v.pth", path, opaque=True)
     revert_checkpoint(tmp_path / "v.pth", tmp_path / "back.pth", opaque=True)
     verify_checkpoint(tmp_path / "back.pth", path, opaque=True)
+    with pytest.raises(RefusedError, match=r"dict with --state list\.0 or --state queue\.0\.$"):
+        convert_checkpoint(path, tmp_path / "no", 2, opaque=True, format="safetensors")
     alone = save(tmp_path / "alone.pth", objects)
     with pytest.raises(NothingToDoError, match=r"\(15 tensors\)\. pair\.args\.0\.bn and 2"):
         convert_checkpoint(alone, tmp_path / "no.pth", 2, opaque=True)

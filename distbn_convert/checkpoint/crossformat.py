@@ -13,7 +13,7 @@ from ..errors import RefusedError
 from .edit import Replacements
 from .flatstore import FlatStore
 from .folderstore import AccelerateStore, ShardedStore
-from .groups import TensorSpec, dotted, find_groups, key_name
+from .groups import Group, TensorSpec, dotted, find_groups, key_name
 from .header import Header, merged_metadata
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
@@ -120,7 +120,11 @@ def _find(store: Store, state: str | None) -> tuple[_Path, Mapping[Any, TensorSp
 
 def _state_dicts(store: Store) -> list[str]:
     """Name the mappings that hold BatchNorms."""
-    return [dotted(path) for path, specs in store.mappings() if path and find_groups(specs, path)]
+    return [
+        dotted(path)
+        for path, specs in store.mappings()
+        if path and any(isinstance(item, Group) for item in find_groups(specs, path))
+    ]
 
 
 def _listed(keys: list[Any]) -> str:
