@@ -57,7 +57,9 @@ def gather_rows(rows: Sequence[Tensor], process_group: Any = None) -> list[Tenso
     device = rows[0].device
     own = torch.cat([tensor.detach().reshape(-1).view(torch.uint8).to(device) for tensor in rows])
     everything = own.new_empty(size * own.numel())
-    dist.all_gather_into_tensor(everything, own, group=process_group)
+    # The old name warns since torch 2.14.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(everything, own, group=process_group)
     parts = everything.view(size, -1).split([tensor.nbytes for tensor in rows], dim=1)
     return [
         part.clone(memory_format=torch.contiguous_format)

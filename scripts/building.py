@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import torch
 import torchvision
 from torch import nn
@@ -45,6 +46,12 @@ def build(args: Args) -> Args:
             accumulation_steps=args.accumulation_steps,
         )
     )
+    if not len(run.sampler):
+        raise click.UsageError(
+            f"expected training images for a batch of {args.batch_size} on each of "
+            f"{args.vt_world_size * args.world_size * args.accumulation_steps} GPUs, but there are "
+            f"{len(train_set)}; lower --batch-size or --vt-world-size."
+        )
     run.loader = DataLoader(train_set, batch_sampler=run.sampler, **loading)
     own = range(args.rank, len(val_set), args.world_size)  # type: ignore[arg-type]
     batch = args.batch_size * args.vt_world_size

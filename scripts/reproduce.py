@@ -187,8 +187,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--seeds", default=3, show_default=True)
-@click.option("--epochs", default=20, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64")
 @click.option("--output", default="runs/reproduce", show_default=True, help="For data and plot.")
 def main(seeds: int, epochs: int, dtype: str, output: str) -> None:

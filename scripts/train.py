@@ -67,7 +67,7 @@ def train_epoch(run: Args, args: Args, epoch: int) -> float:
             run.scaler.scale(loss / steps).backward()
             total += loss.detach()
             if (index + 1) % steps == 0:
-                update(run, args, epoch, (index + 1) // steps)
+                update(run, args, epoch, index // steps)
     return float(total / len(run.sampler))
 
 

@@ -355,6 +355,12 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         *("resnet18", "20"),
         *("vgg11", "0"),
     ]
+    for words in (
+        ("--json", "resnet18"),
+        ("resnet18", "--json"),
+        ("--no-color", "--json", "res*18"),
+    ):
+        assert run_cli(capsys, "models", *words).json["batch_norms"] == {"resnet18": 20}
     for name in ("r.pth", "r.safetensors"):
         path = tmp_path / name
         done = run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,51 @@ def test_cache_that_cannot_be_written_warns_once(
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_compiler_that_never_ends_is_given_up(
+def test_a_compiler_may_say_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "_TIMEOUT", 0.2)
-    monkeypatch.setenv("CXX", str(script(tmp_path / "slow", "exec sleep 60")))
+    monkeypatch.setenv("CXX", str(script(tmp_path / "broken", r"printf 'fehler \374' >&2; exit 1")))
+    expect_line(caplog, "WARNING", "fehler \ufffd")
+    caplog.clear()
+    monkeypatch.setenv("CXX", "c++ -DNAME='x")
+    expect_line(caplog, "WARNING", "No closing quotation")
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_compiler_that_never_ends_is_given_up_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_TIMEOUT", 1)
+    child = tmp_path / "child"
+    body = f"sleep 60 & echo $! > {child}.tmp; mv {child}.tmp {child}; wait"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "slow", body)))
     expect_line(caplog, "WARNING", "timed out")
+    status = Path(f"/proc/{child.read_text().strip()}/stat")
+    for _ in range(100):
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the compiler's child goes on")
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_who_waits_for_a_compiler_that_fails_does_not_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "log"
+    body = f"echo run >> {log}; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done; exit 1"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "broken", body)))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(build._load, torch.float32) for _ in range(3)]
+        while not log.exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # in which the others begin to wait
+        (tmp_path / "end").touch()
+        assert [job.result() for job in waiting] == [None] * 3
+    assert log.read_text().split() == ["run"]
+    assert sum("another process could not" in line for line in caplog.text.splitlines()) == 2
+    assert build._load(torch.float32) is None  # later, it is tried again
+    assert log.read_text().split() == ["run", "run"]
 
 
 @pytest.mark.usefixtures("_fresh")

@@ -53,6 +53,24 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_short_epochs_are_averaged_too(image_folder: Path, tmp_path: Path) -> None:
+    options = ["--data-path", str(image_folder), "--epochs", "2", "--vt-world-size", "4", "-b", "4"]
+    options += ["-j", "1", "--train-crop-size", "32", "--val-resize-size", "36", "--model-ema"]
+    run(sys.executable, SCRIPT, *options, "--val-crop-size", "32", "--output-dir", str(tmp_path))
+    averaged = [load(tmp_path, f"model_{epoch}.pth")["model_ema"]["n_averaged"] for epoch in (0, 1)]
+    assert averaged == [1, 2]  # the first batch of each, as in torchvision
+    parts = load(tmp_path, "model_0.pth")
+    assert parts["model_ema"]["module.bn1.num_batches_tracked"].tolist() == [1] * 4
+
+
+def test_batches_that_the_data_cannot_fill_are_refused() -> None:
+    command = [sys.executable, SCRIPT, "--epochs", "1", "--batch-size", "256"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "for a batch of 256 on each of 8 GPUs, but there are 1437; lower" in done.stderr
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(image_folder: Path, tmp_path: Path) -> None:
     options = ["--data-path", str(image_folder), "--epochs", "2", "--lr-warmup-epochs", "1"]
     options += ["--vt-world-size", "4", "-b", "4", "-j", "1", "--train-crop-size", "32"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import click
 
@@ -17,19 +16,24 @@ __all__ = ["models"]
 
 
 class _ModelsGroup(click.Group):
-    """A group whose arguments are names of models, unless the first is a command."""
+    """A group whose arguments are names of models, unless there is a command among them.
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["list", *args]
-        return super().resolve_command(ctx, args)
+    All options are the commands'; it has some of its own for the sake of its help.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not set(args) & set(ctx.help_option_names):
+            command = next((word for word in args if word in self.commands), None)
+            if command is not None:
+                args.remove(command)
+            args = [command or "list", *args]
+        return super().parse_args(ctx, args)
 
 
-@click.group(
-    cls=_ModelsGroup, invoke_without_command=True, subcommand_metavar="[NAMES]... | export"
-)
-@click.pass_context
-def models(context: click.Context) -> None:
+@click.group(cls=_ModelsGroup, subcommand_metavar="[NAMES]... | export")
+@click.option("--json", is_flag=True, expose_value=False, help="One JSON document on stdout.")
+@no_color
+def models() -> None:
     """Print how many BatchNorm layers torchvision's models hold, or export one.
 
     NAMES are torchvision's names or patterns with *; without any, all models are listed.
@@ -39,8 +43,6 @@ def models(context: click.Context) -> None:
         $ distbn-convert models resnet18
         resnet18  20
     """
-    if context.invoked_subcommand is None:
-        _list((), False)
 
 
 @models.command("list", hidden=True)

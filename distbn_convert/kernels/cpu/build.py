@@ -4,8 +4,8 @@ Each dtype has a library of its own, as most runs need one. It goes to
 ``$TORCH_EXTENSIONS_DIR/distbn_convert``, else ``~/.cache/distbn_convert``, under a name that hashes
 all it depends on: sources, flags, compiler, torch. It is compiled beside its place and renamed into
 it, so that a reader sees all of it or nothing whatever is interrupted; the lock only spares
-concurrent processes the same work, and the kernel of the operating system drops it when its holder
-dies.
+concurrent processes the same work and the same failure, and the kernel of the operating system
+drops it when its holder dies.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def _load(dtype: torch.dtype) -> Operators | None:
         return _operators(dtype)
     except _UnavailableError as error:
         logger.info("the CPU kernel is not used, torch's batch norm is: %s", error)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         details = str(getattr(error, "stderr", None) or "")[-2000:]
         logger.warning(
             "the CPU kernel could not be built, torch's batch norm is used instead (set %s=off to "
@@ -174,17 +175,25 @@ def _key(command: list[str]) -> str:
 def _compile(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = Path(folder) / library.name
-        subprocess.run(
-            [*command, "-o", str(output)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            stdin=subprocess.DEVNULL,
-        )
+        _run([*command, "-o", str(output)])
         with output.open("ab") as file:
             file.write(hashlib.sha256(output.read_bytes()).digest())
         os.replace(output, library)
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler to its end, or to that of all that it has started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    group = {"start_new_session": True, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **pipes, **group) as process:  # type: ignore[call-overload]
+        try:
+            _, told = process.communicate(timeout=_TIMEOUT)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=told)
 
 
 def _is_whole(library: Path) -> bool:
@@ -203,7 +212,21 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     except ImportError:  # not POSIX: several processes may compile the same
         yield
         return
-    with path.open("w") as file:
+    with path.open("a+") as file:
+        waited = False
         with contextlib.suppress(OSError):  # a file system without locks: the same
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        failure = file.read()
+        if waited and failure:
+            raise RuntimeError(failure)
+        file.truncate(0)
+        try:
+            yield
+        except Exception as error:
+            file.write(f"another process could not: {error}")
+            raise
