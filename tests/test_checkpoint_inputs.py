@@ -216,6 +216,8 @@ def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:
     (tmp_path / "in" / "outputs").symlink_to(tmp_path / "outputs")
     convert_checkpoint(tmp_path / "in", tmp_path / "outputs" / "out", 2, fsync=False)
     assert (tmp_path / "outputs" / "out" / "outputs").is_symlink()
+    convert_checkpoint(tmp_path / "in", None, 2, in_place=True, fsync=False)
+    assert all((tmp_path / name / "outputs").is_symlink() for name in ("in", "in.bak"))
 
 
 @pytest.mark.parametrize("kind", ["index", "folder", "dcp", "accelerate"])
