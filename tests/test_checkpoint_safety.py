@@ -219,6 +219,38 @@ def test_lists_are_looked_into_with_opaque_and_what_is_in_other_objects_is_told(
         convert_checkpoint(alone, tmp_path / "no.pth", 2, opaque=True)
 
 
+class Table(dict):  # type: ignore[type-arg]
+    """Of a class of yours, with an attribute."""
+
+
+def test_one_state_dict_of_unknown_containers_is_taken_and_compared(tmp_path: Path) -> None:
+    table = Table(bn_state())
+    table.extra = torch.ones(3)
+    content = {"list": Listed([bn_state(), bn_state()]), "table": table, "o": Custom(bn_state())}
+    path = save(tmp_path / "in.pth", content)
+    for state in ("list.1", "table"):
+        dst, options = tmp_path / f"{state}.pth", {"opaque": True, "state": state}
+        convert_checkpoint(path, dst, 2, format="torch", **options)
+        assert verify_checkpoint(dst, path, **options).groups == 1
+    assert load(tmp_path / "table.pth").extra.tolist() == [1, 1, 1]
+    with pytest.raises(NothingToDoError, match="has nothing at --state o.absent"):
+        verify_checkpoint(path, path, opaque=True, state="o.absent")
+    verify_checkpoint(path, path, opaque=True, state="o.states.0")
+
+
+def test_long_chains_of_unknown_objects_are_opened(tmp_path: Path) -> None:
+    chain = None
+    for _ in range(400):
+        chain = Custom(chain)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10000)
+    try:
+        path = save(tmp_path / "in.pth", {"model": bn_state(), "chain": chain})
+    finally:
+        sys.setrecursionlimit(limit)
+    assert len(inspect_checkpoint(path, opaque=True).groups) == 1
+
+
 def test_what_the_safe_loader_does_not_accept_of_torch_itself_is_named(tmp_path: Path) -> None:
     class Stored:
         def __reduce__(self) -> Any:

@@ -311,9 +311,10 @@ def test_case_17_the_state_option_narrows_to_one_sub_tree(tmp_path: Path) -> Non
         ({"include": ["model.bn"]}, ["model.bn"], []),
         ({"include": ["bn"]}, ["model.bn", "model_ema.bn"], []),
         (
-            {"include": ["*.bn", "x"], "exclude": ["y*"]},
+            {"include": ["model*.bn", "*n", "x"], "exclude": ["y*"]},
             ["model.bn", "model_ema.bn"],
             [
+                "--include model*.bn matches no BatchNorm; inspect lists their names.",
                 "--include x matches no BatchNorm; inspect lists their names.",
                 "--exclude y* matches no BatchNorm; inspect lists their names.",
             ],
@@ -330,8 +331,20 @@ def test_patterns_match_the_names_that_are_printed_or_are_told(
     assert taken == converted
     assert list(report.warnings) == told
     if told:
-        with pytest.raises(RefusedError, match="--include x matches no BatchNorm"):
+        with pytest.raises(RefusedError, match="matches no BatchNorm"):
             convert_checkpoint(path, tmp_path / "strict", 2, strict=True, **options)
+
+
+def test_patterns_take_the_same_layers_of_a_state_dict_wherever_it_is(tmp_path: Path) -> None:
+    layers = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model = {**layers[0].state_dict(prefix="bn1."), **layers[1].state_dict(prefix="layer1.0.bn1.")}
+    nested, flat = save(tmp_path, {"model": model}), tmp_path / "flat.pth"
+    torch.save(model, flat)
+    for include in (["*.bn1"], ["model.layer1.*"]):
+        verify_checkpoint(nested, flat, state="model", include=include)
+    report = convert_checkpoint(nested, tmp_path / "v.pth", 2, include=["*.bn1"])
+    taken = [group.name for group in report.groups if group.action == "converted"]
+    assert taken == ["model.layer1.0.bn1"]
 
 
 def test_case_18_mmcv_copies_are_reported_and_converted_on_request(tmp_path: Path) -> None:

@@ -361,6 +361,8 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         ("--no-color", "--json", "res*18"),
     ):
         assert run_cli(capsys, "models", *words).json["batch_norms"] == {"resnet18": 20}
+    for words in (("resnet18",), ("export",), ()):
+        assert "--json" in run_cli(capsys, "models", *words, "--help").out
     for name in ("r.pth", "r.safetensors"):
         path = tmp_path / name
         done = run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2)

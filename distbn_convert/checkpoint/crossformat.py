@@ -20,7 +20,7 @@ from .stores import ReadOptions, Store, WriteOptions
 from .temporaries import is_temporary
 from .torchfile import TorchFile
 from .torchstore import TreeStore, write_tree
-from .tree import spec_of, walk_leaves
+from .tree import node_at, spec_of, walk_leaves
 
 __all__ = ["for_safetensors", "write_as"]
 
@@ -54,7 +54,7 @@ def write_as(
     elif isinstance(store, TreeStore):
         store.replace(replacements)
         path, _ = _find(store, state)
-        file, reading = replace(store.file, tree=store.mapping_objects[path]), store.options
+        file, reading = replace(store.file, tree=node_at(store.tree, path)), store.options
         write_tree(file, dst, _size(file.tree), options, reading)
     else:
         holds = f"a file of torch made of {store.format} holds"

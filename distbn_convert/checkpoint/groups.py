@@ -81,8 +81,15 @@ class Group:
         return dotted((*self.path, self.name)) if self.name else dotted(self.path) or "(top level)"
 
     def is_called(self, glob: str) -> bool:
-        """Whether a pattern matches its name, in its state dict or as messages show it."""
-        return fnmatchcase(self.name, glob) or fnmatchcase(self.full_name, glob)
+        """Whether a pattern matches its name in its state dict, or as messages show it.
+
+        The latter only if the pattern begins with the first key of the path, else ``*.bn`` would
+        match a ``bn`` at the top of each state dict.
+        """
+        if fnmatchcase(self.name, glob):
+            return True
+        named = bool(self.path) and glob.startswith(key_name(self.path[0]) + ".")
+        return named and fnmatchcase(self.full_name, glob)
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..errors import NothingToDoError
 from .groups import PLAIN, Selection, dotted, find_groups
-from .opaque import InertObject
 from .stores import Place, Store
 from .survey import survey
 from .torchstore import TreeStore
+from .tree import node_at
 
 __all__ = ["Side"]
 
@@ -48,8 +48,13 @@ class Side:
             assert isinstance(store, DcpStore)
             self.objects = store.objects()
         paths = [path for path, _ in (*store.mappings(), *self.objects)]
-        if not any(paths):
-            selection = replace(selection, state=None)
+        if not any(paths) and selection.state is not None:
+            start = f"{selection.state}."
+            include, exclude = (
+                tuple(glob.removeprefix(start) for glob in globs)
+                for globs in (selection.include, selection.exclude)
+            )
+            selection = replace(selection, state=None, include=include, exclude=exclude)
         self.state = selection.state
         self._roots: list[Path_] = [()]
         if self.state is not None:  # several if keys with dots of their own spell the same
@@ -74,13 +79,7 @@ class Side:
     def trees(self) -> list[Any]:
         """What was loaded of a file of torch: the sub-trees."""
         assert isinstance(self.store, TreeStore)
-        trees = []
-        for root in self._roots:
-            node = self.store.tree
-            for key in root:
-                node = node.items[key] if isinstance(node, InertObject) else node[key]
-            trees.append(node)
-        return trees
+        return [node_at(self.store.tree, root) for root in self._roots]
 
     def _root(self, path: Path_) -> Path_ | None:
         """Return the start of a path that leads to a sub-tree; keys may have dots of their own."""

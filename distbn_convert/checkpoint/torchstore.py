@@ -45,7 +45,11 @@ class TreeStore:
         if options.opaque:
             known = {id(mapping) for mapping in self._mappings.values()}
             mappings = walk_mappings(file.tree, objects=True)
-            self._in_objects = [item for item in mappings if id(item[1]) not in known]
+            self._in_objects = [
+                (where, mapping)
+                for where, mapping in mappings
+                if id(mapping) not in known and any(map(_is_mean, mapping))
+            ]
 
     @property
     def tree(self) -> Any:
@@ -105,6 +109,10 @@ class TreeStore:
         self.replace(replacements)
         grown = sum(new.nbytes for new in replacements.values())
         write_tree(self.file, dst, self.path.stat().st_size + grown, options, self.options)
+
+
+def _is_mean(key: Any) -> bool:
+    return isinstance(key, str) and key.endswith("running_mean")
 
 
 def open_torch(path: Path, format: str, options: ReadOptions) -> TreeStore:

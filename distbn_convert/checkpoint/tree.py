@@ -12,7 +12,7 @@ from ..errors import RefusedError
 from .groups import TensorSpec, key_name
 from .opaque import InertObject
 
-__all__ = ["spec_of", "specs_of", "walk_leaves", "walk_mappings"]
+__all__ = ["node_at", "spec_of", "specs_of", "walk_leaves", "walk_mappings"]
 
 Path = tuple[Any, ...]
 # A path that nobody has asked for: the way to the node above, and a key there.
@@ -33,10 +33,11 @@ def walk_mappings(
         tree: what was loaded.
         first: dotted path of a sub-tree to begin with, so that what is shared appears under it.
             Default: None, the top
-        objects: look into all else that unknown objects are made of, too. Default: False
+        objects: look into all else that unknown objects are made of, too, and no deeper than any
+            checkpoint's mappings are. Default: False
 
     Raises:
-        RefusedError: mappings are nested deeper than any checkpoint's.
+        RefusedError: mappings are nested deeper than that, without ``objects``.
     """
     seen: set[int] = set()
     stack: list[tuple[Path, _Way, Any]] = [((), None, tree)]
@@ -53,6 +54,8 @@ def walk_mappings(
             node = node.items
         if isinstance(node, dict):
             path, way = (*path, *_keys(way)), None
+            if len(path) > _DEEPEST and objects:
+                continue
             if len(path) > _DEEPEST:
                 raise RefusedError(
                     f"the checkpoint has a mapping {len(path)} levels deep, and at most {_DEEPEST} "
@@ -78,6 +81,16 @@ def _at(node: Any, wanted: str, way: _Way = None) -> Iterator[tuple[_Way, Any]]:
             yield (way, key), value
         elif wanted.startswith(name + "."):
             yield from _at(value, wanted[len(name) + 1 :], (way, key))
+
+
+def node_at(tree: Any, path: Path) -> Any:
+    """Return what is at a path that :func:`walk_mappings` has given."""
+    for key in path:
+        if isinstance(tree, InertObject):
+            tree = next(value for name, value in _children(tree, objects=True) if name == key)
+        else:
+            tree = tree[key]
+    return tree
 
 
 def walk_leaves(tree: Any) -> Iterator[Any]:

@@ -22,8 +22,9 @@ class _ModelsGroup(click.Group):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not set(args) & set(ctx.help_option_names):
-            command = next((word for word in args if word in self.commands), None)
+        words = [word for word in args if not word.startswith("-")]
+        if words or not set(args) & set(ctx.help_option_names):
+            command = next((word for word in words if word in self.commands), None)
             if command is not None:
                 args.remove(command)
             args = [command or "list", *args]
