@@ -333,20 +333,22 @@ def batch_norm(
     Returns:
         the output alone.
     """
+    compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling():
+    if compiling:
         # An exported program keeps no autograd function, but its own gradient; and the compiler
         # takes none that is transformed.
         plain = transformed or (impl != "op" and is_exporting())
-        if not plain:
-            function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
-            return function.apply(in_torch_format(input), weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
     else:
         # A trace keeps none either, whatever was asked for.
         tracing = torch._C._get_tracing_state() is not None
         plain = impl == "decomposed" or tracing or _in_forward_mode()
-    if plain:
-        return reference.forward(in_torch_format(input), weight, bias, residual, *rest)[0]
-    if transformed:
+    if transformed and not plain:
         return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
-    return _BatchNorm.apply(in_torch_format(input), weight, bias, residual, rest)  # type: ignore[no-any-return]
+    input = in_torch_format(input)
+    if plain:
+        return reference.forward(input, weight, bias, residual, *rest)[0]
+    if compiling:
+        function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
+        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+    return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]

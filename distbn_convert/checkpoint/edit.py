@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ def replicate_groups(groups: Iterable[Group], read: Read, ranks: int) -> Replace
     for group in groups:
         for key in group.keys:
             old = read(group.path, key)
-            new = ties.get((old,), lambda old=old: replicate(old, ranks))  # type: ignore[misc]
-            replacements[group.path, key] = new
+            replacements[group.path, key] = ties.get((old,), partial(replicate, old, ranks))
     return replacements
 
 
@@ -133,10 +133,7 @@ def gather_groups(groups: Iterable[Group], reads: Sequence[Read], reduction: str
                 if reduction != "pooled"
                 else [*sources[key], sources[group.keys[0]][0]]
             )
-            replacements[group.path, key] = ties.get(
-                tuple(from_),
-                lambda new=new: new,  # type: ignore[misc]
-            )
+            replacements[group.path, key] = ties.get(tuple(from_), new.clone)
     return replacements
 
 

@@ -183,9 +183,15 @@ def _compile(command: list[str], library: Path) -> None:
 
 def _run(command: list[str]) -> None:
     """Run a compiler to its end, or to that of all that it has started."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    group = {"start_new_session": True, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, **pipes, **group) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",  # it may speak in any encoding
+        start_new_session=True,
+    ) as process:
         try:
             _, told = process.communicate(timeout=_TIMEOUT)
         except BaseException:
