@@ -8,7 +8,7 @@ two parents or from a list of yours, stay what they were.
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from .replicas import check_reduction, reduce_rows, replicate
 __all__ = ["convert_model", "revert_model"]
 
 NewBuffer = tuple[nn.Module, str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 # Wrappers that hold on to the tensors which reverting replaces -> what to do instead.
 _UNWRAP = {
@@ -48,7 +49,7 @@ _UNWRAP = {
 
 
 def convert_model(
-    model: nn.Module,
+    model: Model,
     vt_world_size: int,
     *,
     partition: str = "contiguous",
@@ -57,7 +58,7 @@ def convert_model(
     accumulation_steps: int = 1,
     filter_fn: FilterFn | None = None,
     unsupported: str = "raise",
-) -> nn.Module:
+) -> Model:
     """Replace each BatchNorm by one of V virtual ranks, in place.
 
     In training each rank's share of the batch is then normalised by its own statistics, as V
@@ -130,18 +131,18 @@ def convert_model(
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
     if entries and not _check_hooks(model):
-        model.register_load_state_dict_pre_hook(_check_state_dict)
+        model.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
     return model
 
 
 def revert_model(
-    model: nn.Module,
+    model: Model,
     reduction: str = "mean",
     rank: int = 0,
     *,
     filter_fn: FilterFn | None = None,
     process_group: Any = None,
-) -> nn.Module:
+) -> Model:
     """Turn each layer with virtual ranks back into the BatchNorm that it was, in place.
 
     Args:

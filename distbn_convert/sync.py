@@ -19,7 +19,7 @@ MEAN, COUNT = STATISTICS[0], STATISTICS[2]
 
 @torch.no_grad()
 def sync_running_stats(
-    model: nn.Module, process_group: Any = None, reduction: str = "mean", rank: int = 0
+    model: nn.Module, reduction: str = "mean", rank: int = 0, *, process_group: Any = None
 ) -> None:
     """Reduce the running statistics over all real and virtual ranks, in place.
 
@@ -35,12 +35,12 @@ def sync_running_stats(
     Args:
         model: **nn.Module**, with virtual ranks or plain BatchNorm (one row), also wrapped in DDP
             or ``fully_shard``; the same in every process.
-        process_group: **ProcessGroup**. Default: None, the default group, or this process alone
-            if there is none
         reduction: **str**, ``"mean"``, ``"select"`` or ``"pooled"``, over the K = R * V rows of
             all processes. Default: ``"mean"``
         rank: **int**, the row that ``"select"`` takes, 0 to K - 1; process r holds rows rV to
             rV + V - 1. Of a plain layer it is process ``rank // V``. Default: 0
+        process_group: **ProcessGroup**. Default: None, the default group, or this process alone
+            if there is none
 
     Raises:
         ConfigurationError: unknown reduction, rank out of range, or a process not in the group.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import pytest
 import torch
@@ -34,6 +34,14 @@ def test_model_is_converted_in_place_and_returned() -> None:
     assert model[1].vt_world_size == 4
     assert revert_model(model) is model
     assert [type(model[i]) for i in (1, 4)] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+@pytest.mark.parametrize("function", [convert_model, revert_model])
+def test_a_type_checker_knows_the_class_of_the_model_afterwards(function: Any) -> None:
+    """``model = convert_model(model, 8)`` is an error of types where it becomes any Module."""
+    hints = get_type_hints(function)
+    assert isinstance(hints["model"], TypeVar)
+    assert hints["return"] is hints["model"]
 
 
 @pytest.mark.parametrize(

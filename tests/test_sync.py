@@ -32,7 +32,7 @@ def test_one_process_gives_every_rank_what_revert_would_keep(reduction: str) -> 
     reverted = revert_model(copy.deepcopy(model), reduction, 1)
     buffers = dict(model.named_buffers())
     plain = copy.deepcopy(model[4].state_dict())
-    sync_running_stats(model, reduction=reduction, rank=1)
+    sync_running_stats(model, reduction, 1)  # in the order of revert_model
     for name, value in reverted.named_buffers():
         assert torch.equal(buffers[name], value.expand_as(buffers[name]))  # the same tensors
     assert all(torch.equal(value, plain[name]) for name, value in model[4].state_dict().items())
@@ -82,7 +82,7 @@ def test_what_cannot_be_reduced_is_refused_and_nothing_changes() -> None:
     before = copy.deepcopy(model.state_dict())
     for any_model in (model, nn.Linear(2, 2)):
         with pytest.raises(ConfigurationError, match="reduction must be one of"):
-            sync_running_stats(any_model, reduction="average")
+            sync_running_stats(any_model, "average")
     with pytest.raises(ConfigurationError, match=r"rank must be an int from 0 to 0 .*but got 1"):
         sync_running_stats(nn.BatchNorm1d(2), reduction="select", rank=1)
     model[1].half().running_mean[0] = 6e4
