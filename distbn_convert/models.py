@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
+from types import ModuleType
 from typing import Any
 
-import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,7 +16,27 @@ from .plan import FilterFn, plan_conversion
 
 __all__ = ["count_batch_norms", "get_model", "list_models"]
 
-list_models = torchvision.models.list_models
+
+def list_models(
+    module: ModuleType | None = None,
+    include: Iterable[str] | str | None = None,
+    exclude: Iterable[str] | str | None = None,
+) -> list[str]:
+    """Name torchvision's models, those without BatchNorm too.
+
+    Args:
+        module: **module** to look in, ``torchvision.models.segmentation``. Default: None, all
+        include: **str or iterable of str**, patterns of names, ``"resnet*"``. Default: None, all
+        exclude: **str or iterable of str**, patterns of names to leave out. Default: None
+
+    Returns:
+        list of str: the names, sorted; as ``torchvision.models.list_models``.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+    """
+    names: list[str] = _zoo().list_models(module, include, exclude)
+    return names
 
 
 def get_model(
@@ -53,6 +73,7 @@ def get_model(
     Raises:
         ConfigurationError: torchvision knows no model or no weights of that name.
         NothingToConvertError: the model holds no BatchNorm.
+        ModuleNotFoundError: torchvision is not installed.
         DistBNError: as :func:`~distbn_convert.convert_model`.
 
     Example::
@@ -64,7 +85,7 @@ def get_model(
     except KeyError as error:
         if not isinstance(weights, str):
             raise
-        known = ", ".join(torchvision.models.get_model_weights(name).__members__)
+        known = ", ".join(_zoo().get_model_weights(name).__members__)
         raise ConfigurationError(
             f"expected weights of {name} ({known}), but got {weights!r}; torchvision has no others."
         ) from error
@@ -91,6 +112,7 @@ def count_batch_norms(name: str) -> int:
 
     Raises:
         ConfigurationError: torchvision knows no model of that name.
+        ModuleNotFoundError: torchvision is not installed.
     """
     builder = _builder(name)
     bare = {"weights_backbone": None, "init_weights": False}  # no download, no waiting
@@ -100,9 +122,22 @@ def count_batch_norms(name: str) -> int:
     return len(plan_conversion(model, 1, unsupported="skip").of("convert"))
 
 
+def _zoo() -> Any:
+    """Return ``torchvision.models``, imported here alone: it is an extra."""
+    try:
+        import torchvision
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected torchvision, whose models these are, but {error.name} is not installed; "
+            "install it with: pip install 'distbn_convert[models]'",
+            name=error.name,
+        ) from error
+    return torchvision.models
+
+
 def _builder(name: str) -> Callable[..., nn.Module]:
     try:
-        builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
+        builder: Callable[..., nn.Module] = _zoo().get_model_builder(name)
     except ValueError as error:
         raise ConfigurationError(
             f"expected the name of a torchvision model, but got {name!r}; list_models() "

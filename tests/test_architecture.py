@@ -82,6 +82,21 @@ def test_public_names_can_be_imported_and_are_no_others() -> None:
         distbn_convert.no_such_name  # noqa: B018
 
 
+def test_public_names_can_be_imported_without_the_extras() -> None:
+    """Also by ``help(distbn_convert)``; torchvision is asked for by the call that needs it."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torchvision', 'matplotlib']))\n"
+        "from distbn_convert import *\n"
+        "try: models.get_model('resnet18', 2)\n"
+        "except ModuleNotFoundError as error: print(error.name, error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == (
+        "torchvision expected torchvision, whose models these are, but torchvision is not "
+        "installed; install it with: pip install 'distbn_convert[models]'\n"
+    )
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_every_file_names_what_is_public(file: Path) -> None:
     if any(name.partition(".")[0] == "triton" for name in imports(file)):

@@ -388,6 +388,16 @@ def test_weights_that_cannot_be_fetched_are_told(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("arguments", [[], ["export", "resnet18", "o", "--vt-world-size", "2"]])
+def test_models_without_torchvision_say_what_to_install(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    done = run_cli(capsys, "models", *arguments)
+    assert done.code == 1
+    assert done.err.endswith("install it with: pip install 'distbn_convert[models]'\n")
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "told"),
     [

@@ -70,7 +70,7 @@ def _draw(report: CheckpointReport, layers: list[tuple[GroupReport, Spread]], fo
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            "plotting needs matplotlib; install it with: pip install distbn_convert[plot]"
+            "plotting needs matplotlib; install it with: pip install 'distbn_convert[plot]'"
         ) from error
     # Names are text: a dollar in one begins no formula.
     style: Any = {"svg.hashsalt": "distbn", "svg.fonttype": "none", "text.parse_math": False}

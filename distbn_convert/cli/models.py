@@ -80,12 +80,12 @@ def export(
         wrote resnet18 with 8 virtual ranks to resnet18.pth
     """
     click.get_current_context().obj.update(dst=dst)
-    with _needs_torchvision():
-        from ..models import get_model
     from ..checkpoint import inspect_checkpoint, save_state_dict
+    from ..models import get_model
 
     try:
-        model = get_model(name, vt_world_size, weights)
+        with _needs_torchvision():
+            model = get_model(name, vt_world_size, weights)
     except OSError as error:
         raise FileAccessError(
             f"cannot fetch the weights {weights} of {name}: {getattr(error, 'reason', error)}; "
@@ -104,9 +104,10 @@ def export(
 
 
 def _list(names: tuple[str, ...], as_json: bool) -> None:
+    from ..models import count_batch_norms, list_models
+
     with _needs_torchvision():
-        from ..models import count_batch_norms, list_models
-    matched = list_models(include=list(names) or None)
+        matched = list_models(include=list(names) or None)
     if not matched:
         raise click.UsageError(
             f"expected names of torchvision models, but none matches {', '.join(names)}; "
@@ -126,6 +127,4 @@ def _needs_torchvision() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"this command needs {error.name}; install it with: pip install distbn_convert[models]"
-        ) from error
+        raise click.ClickException(str(error)) from error
