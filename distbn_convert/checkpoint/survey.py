@@ -30,7 +30,6 @@ class Survey:
     skipped: list[tuple[Group, str]] = field(default_factory=list)
     concerns: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    looked_at: int = 0
 
     def reports(self, store: Store, action: str, spread: bool = False) -> tuple[GroupReport, ...]:
         """Report on each group; adds a concern about statistics that are not finite."""
@@ -73,7 +72,7 @@ def survey(store: Store, path: Path, selection: Selection, state: str | None) ->
     """
     found = [item for where, specs in store.mappings() for item in find_groups(specs, where)]
     groups = [item for item in found if isinstance(item, Group)]
-    result = Survey(looked_at=len(groups))
+    result = Survey()
     result.concerns += describe([item for item in found if isinstance(item, LookAlike)])
     for group in groups:
         reason = selection.why_not(group)
