@@ -15,6 +15,7 @@ from .kernels.partition import PARTITIONS, is_open, share_sizes
 __all__ = [
     "IMPLEMENTATIONS",
     "check_activation",
+    "check_count",
     "check_impl",
     "check_numbers",
     "check_partition",
@@ -22,7 +23,6 @@ __all__ = [
     "check_statistics",
     "check_tensors",
     "check_values",
-    "check_vt_world_size",
 ]
 
 IMPLEMENTATIONS = ("auto", "op", "decomposed")
@@ -36,12 +36,20 @@ _COMPANION_DTYPES = {
 }
 
 
-def check_vt_world_size(vt_world_size: int, name: str = "vt_world_size") -> None:
-    """Raise ConfigurationError unless ``vt_world_size`` is a positive int."""
-    if isinstance(vt_world_size, bool) or not isinstance(vt_world_size, int) or vt_world_size < 1:
+# What is counted -> what to give.
+_COUNTS = {
+    "accumulation_steps": "give the number of micro-steps in one step of the optimizer, else 1",
+    "batch_size": "give the samples of one virtual rank, not of the whole batch",
+    "num_replicas": "give the number of processes, or leave it out",
+    "vt_world_size": "give the number of GPUs to stand for, for example 8",
+}
+
+
+def check_count(count: int, name: str = "vt_world_size") -> None:
+    """Raise ConfigurationError unless ``count`` is a positive int."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigurationError(
-            f"{name} must be a positive int, but got {vt_world_size!r}; "
-            "give the number of GPUs to stand for, for example 8."
+            f"{name} must be a positive int, but got {count!r}; {_COUNTS[name]}."
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import (
     check_activation,
+    check_count,
     check_impl,
     check_numbers,
     check_partition,
@@ -16,7 +17,6 @@ from .checks import (
     check_statistics,
     check_tensors,
     check_values,
-    check_vt_world_size,
 )
 from .operators import batch_norm
 
@@ -104,7 +104,7 @@ def dist_batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015; Hoffer, Hubara and Soudry, "Train
         longer, generalize better", 2017 (ghost batch norm).
     """
-    check_vt_world_size(vt_world_size)
+    check_count(vt_world_size)
     check_partition(partition)
     check_activation(activation)
     check_impl(impl)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_activation, check_partition, check_residual, check_vt_world_size
+from .checks import check_activation, check_count, check_partition, check_residual
 from .errors import ConfigurationError, InputError, StateDictError
 from .functional import dist_batch_norm
 from .replicas import check_reduction, evaluation_statistics, replicate
@@ -40,10 +40,10 @@ class RankSettings:
     accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_vt_world_size(self.vt_world_size)
-        check_vt_world_size(self.accumulation_steps, "accumulation_steps")
+        check_count(self.vt_world_size)
+        check_count(self.accumulation_steps, "accumulation_steps")
         check_partition(self.partition)
-        check_reduction(self.eval_reduction, self.eval_rank, self.num_ranks)
+        check_reduction(self.eval_reduction, self.eval_rank, self.num_ranks, "eval_")
 
     @property
     def num_ranks(self) -> int:

@@ -61,7 +61,8 @@ def recalibrate(
 
     Raises:
         ConfigurationError: ``max_batches`` is no positive int, or a process outside the group.
-        InputError: the loader gave no samples, or a batch that a layer cannot normalise.
+        InputError: the loader gave no samples or no such batches, or one that a layer cannot
+            normalise.
         NothingToConvertError: no layer keeps running statistics that are not frozen.
         UnsupportedModuleError: a SyncBatchNorm.
 
@@ -94,7 +95,13 @@ def recalibrate(
         for batch in _show(
             islice(loader, max_batches), loader, max_batches, progress and not place
         ):
-            input = batch[0] if isinstance(batch, (list, tuple)) else batch
+            input = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if not hasattr(input, "to"):  # what moves like a tensor may be a graph, or boxes
+                raise InputError(
+                    "expected batches that are a Tensor, or a tuple or list that begins with one, "
+                    f"but got a {type(batch).__name__}; give what the model takes, for example "
+                    "(batch['image'] for batch in loader)."
+                )
             runnable(input.to(device))
     own = [part for watcher in watchers for part in watcher.moments]
     gathered = iter(gather_rows([part[None] for part in own], process_group))

@@ -36,16 +36,19 @@ __all__ = [
 REDUCTIONS = ("mean", "select", "pooled")
 
 
-def check_reduction(reduction: str, rank: int, ranks: int) -> None:
-    """Raise ConfigurationError unless ``reduction`` is known and ``rank`` is in 0..ranks-1."""
+def check_reduction(reduction: str, rank: int, ranks: int, prefix: str = "") -> None:
+    """Raise ConfigurationError unless ``reduction`` is known and ``rank`` is in 0..ranks-1.
+
+    The message calls them so, behind the prefix.
+    """
     if reduction not in REDUCTIONS:
         raise ConfigurationError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but got {reduction!r}; "
-            "'mean' averages the ranks, 'select' takes one, 'pooled' unites them."
+            f"{prefix}reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but got "
+            f"{reduction!r}; 'mean' averages the ranks, 'select' takes one, 'pooled' unites them."
         )
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks:
         raise ConfigurationError(
-            f"rank must be an int from 0 to {ranks - 1} (there are {ranks} ranks), "
+            f"{prefix}rank must be an int from 0 to {ranks - 1} (there are {ranks} ranks), "
             f"but got {rank!r}; choose one of them."
         )
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .checks import check_partition, check_vt_world_size
+from .checks import check_count, check_partition
 from .errors import ConfigurationError
 
 __all__ = ["VirtualDistributedSampler"]
@@ -76,14 +76,10 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         partition: str = "contiguous",
         accumulation_steps: int = 1,
     ) -> None:
-        check_vt_world_size(vt_world_size)
-        check_vt_world_size(accumulation_steps, "accumulation_steps")
+        check_count(batch_size, "batch_size")
+        check_count(vt_world_size)
+        check_count(accumulation_steps, "accumulation_steps")
         check_partition(partition)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigurationError(
-                f"batch_size must be a positive int, but got {batch_size!r}; "
-                "give the samples of one virtual rank, not of the whole batch."
-            )
         self.num_replicas, self.rank = _replica(num_replicas, rank)
         self.dataset = dataset
         self.batch_size = batch_size
@@ -143,7 +139,7 @@ def _replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
         num_replicas = dist.get_world_size() if running else 1
     if rank is None:
         rank = dist.get_rank() if running else 0
-    check_vt_world_size(num_replicas, "num_replicas")
+    check_count(num_replicas, "num_replicas")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < num_replicas:
         raise ConfigurationError(
             f"rank must be an int from 0 to {num_replicas - 1} (there are {num_replicas} "

@@ -143,6 +143,9 @@ def test_gather_needs_two_files_and_knows_its_reductions(tmp_path: Path) -> None
     paths = rank_files(tmp_path, 2)
     with pytest.raises(ConfigurationError, match="at least two inputs"):
         gather_checkpoints(paths[:1], tmp_path / "all.pth")
+    for path in (paths[0], str(paths[0])):
+        with pytest.raises(ConfigurationError, match=r"sequence of at least two paths.*rank0\.pth"):
+            gather_checkpoints(path, tmp_path / "all.pth")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="'stack', 'mean', 'pooled'"):
         gather_checkpoints(paths, tmp_path / "all.pth", "select")
     with pytest.raises(ConfigurationError, match="but got 2 inputs and in_place"):

@@ -328,8 +328,8 @@ def test_checkpoint_with_ranks_does_not_load_into_plain_batch_norm() -> None:
         ({"vt_world_size": 8.0}, "but got 8.0"),
         ({"vt_world_size": 2, "accumulation_steps": 0}, "accumulation_steps must be a positive"),
         ({"vt_world_size": 2, "partition": "even"}, "partition must be one of"),
-        ({"vt_world_size": 2, "eval_reduction": "max"}, "reduction must be one of"),
-        ({"vt_world_size": 2, "eval_rank": 2}, "rank must be an int from 0 to 1"),
+        ({"vt_world_size": 2, "eval_reduction": "max"}, "^eval_reduction must be one of"),
+        ({"vt_world_size": 2, "eval_rank": 2}, "^eval_rank must be an int from 0 to 1"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], match: str) -> None:

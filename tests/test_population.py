@@ -270,6 +270,9 @@ def test_what_cannot_be_recalibrated_is_refused() -> None:
     layer = convert_model(nn.BatchNorm2d(3), 2)
     with pytest.raises(InputError, match="the loader gave no samples"):
         recalibrate(layer, [])
+    for batch in ({"image": torch.randn(4, 3, 8, 8)}, [], "abc"):
+        with pytest.raises(InputError, match=rf"but got a {type(batch).__name__}; give what the"):
+            recalibrate(layer, [batch])
     for value in (0, 1.5):
         with pytest.raises(ConfigurationError, match="max_batches must be a positive int or None"):
             recalibrate(layer, [], max_batches=value)

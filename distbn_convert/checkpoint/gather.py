@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def gather_checkpoints(
     if reduction not in _REDUCTIONS:
         raise ConfigurationError(
             f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, but got {reduction!r}."
+        )
+    if isinstance(srcs, (str, bytes, os.PathLike)):
+        raise ConfigurationError(
+            f"expected a sequence of at least two paths, but got {srcs!r}; write "
+            '["rank0.pth", "rank1.pth"], or sorted(folder.glob("rank*.pth")).'
         )
     if len(srcs) < 2 or chosen_options.in_place:
         raise ConfigurationError(
