@@ -217,6 +217,17 @@ def test_every_help_shows_an_example(capsys: Any, command: str) -> None:
     assert f"$ distbn-convert {command}" in done.out
 
 
+def test_the_help_names_only_what_a_command_has_and_cuts_no_sentence(capsys: Any) -> None:
+    assert "..." not in run_cli(capsys, "--help").out.replace("[ARGS]...", "")
+    for command in COMMANDS:
+        told = run_cli(capsys, *command.split(), "--help").out
+        options = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", told, re.MULTILINE))
+        options |= set(re.findall(r" / (--[\w-]+)", told))
+        assert set(re.findall(r"--[a-z][\w-]+", told)) <= options, command
+    options = ["plain.pth", "plain.pth", "o", "--in-place"]  # which a union of files cannot be
+    assert "No such option" in run_cli(capsys, "gather", *options).err
+
+
 def test_the_help_documents_the_exit_codes(capsys: Any) -> None:
     done = run_cli(capsys, "--help")
     told = done.out[done.out.index("Exit status:") :]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import (
+    in_place_options,
     output_options,
     ratio_option,
     reading_options,
@@ -31,6 +32,7 @@ __all__ = ["convert", "gather", "inspect", "revert", "verify"]
 @click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
 @selecting_options
 @output_options
+@in_place_options
 @reading_options
 @talking_options
 def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> None:
@@ -65,10 +67,11 @@ def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> No
 @click.option("--rank", type=int, default=0, show_default=True, help="The rank that select takes.")
 @selecting_options
 @output_options
+@in_place_options
 @reading_options
 @talking_options
 def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any) -> None:
-    """Turn the virtual ranks in a checkpoint back into plain BatchNorm statistics.
+    """Turn the virtual ranks in a checkpoint back into plain BatchNorm.
 
     \b
     Example:
@@ -99,7 +102,7 @@ def revert(src: str, dst: str | None, reduction: str, rank: int, **options: Any)
 @ratio_option
 @talking_options
 def inspect(src: str, plot: str | None, **options: Any) -> None:
-    """List the BatchNorms in a checkpoint and how far their virtual ranks disagree.
+    """List the BatchNorms of a checkpoint and how their ranks differ.
 
     \b
     Example:
@@ -238,9 +241,10 @@ def _write(
     talk = _Talk(options, srcs[0], dst)
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
-    if options["in_place"] and dst and not os.path.exists(dst):
+    in_place = options.get("in_place", False)
+    if in_place and dst and not os.path.exists(dst):
         raise click.UsageError(f"--in-place writes to SRC; leave {dst} out.")
-    if options["in_place"] and "-" in srcs:
+    if in_place and "-" in srcs:
         raise click.UsageError("--in-place writes to a file, not to - (stdin); name SRC, or DST.")
     bar = ProgressBar(not (talk.quiet or talk.json))
     with input_paths(*srcs) as paths, output_path(dst) as out, bar as progress:

@@ -32,10 +32,10 @@ class _ModelsGroup(click.Group):
 
 
 @click.group(cls=_ModelsGroup, subcommand_metavar="[NAMES]... | export")
-@click.option("--json", is_flag=True, expose_value=False, help="One JSON document on stdout.")
+@click.option("--json", is_flag=True, expose_value=False, help="Print one JSON document on stdout.")
 @no_color
 def models() -> None:
-    """Print how many BatchNorm layers torchvision's models hold, or export one.
+    """Count the BatchNorms of torchvision's models, or export one.
 
     NAMES are torchvision's names or patterns with *; without any, all models are listed.
 
@@ -48,10 +48,10 @@ def models() -> None:
 
 @models.command("list", hidden=True)
 @click.argument("names", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @no_color
 def list_(names: tuple[str, ...], as_json: bool) -> None:
-    """Print how many BatchNorm layers torchvision's models hold.
+    """Count the BatchNorms of torchvision's models.
 
     \b
     Example:

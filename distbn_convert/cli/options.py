@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 __all__ = [
+    "in_place_options",
     "json_option",
     "no_color",
     "output_options",
@@ -34,25 +35,24 @@ selecting_options = _together(
         "--include",
         multiple=True,
         metavar="GLOB",
-        help="Only BatchNorms of this name, in their state dict or as inspect prints it; "
-        "repeatable.",
+        help="Take only BatchNorms whose name matches, in their state dict or as inspect prints "
+        "it; may be repeated.",
     ),
     click.option(
         "--exclude",
         multiple=True,
         metavar="GLOB",
-        help="Not BatchNorms of this name, likewise; repeatable.",
+        help="Leave BatchNorms whose name matches alone; may be repeated.",
     ),
     click.option(
         "--state",
         metavar="PATH",
-        help="Look in this part of the file alone, for example model_ema; with --format, only that "
-        "is written.",
+        help="Look in this part of the file alone, for example model_ema.",
     ),
     click.option(
-        "--ema-underscore", is_flag=True, help="Also MMCV's EMA copies (ema_..._running_mean)."
+        "--ema-underscore", is_flag=True, help="Take MMCV's EMA copies (ema_..._running_mean) too."
     ),
-    click.option("--strict", is_flag=True, help="What would be a warning is an error."),
+    click.option("--strict", is_flag=True, help="Make an error of what may be wrong in the input."),
 )
 
 output_options = _together(
@@ -61,34 +61,41 @@ output_options = _together(
         type=click.Choice(["auto", "torch", "safetensors"]),
         default="auto",
         show_default=True,
-        help="Of the output; auto is the input's.",
+        help="Format of the output; auto keeps the input's, another one with --state writes that "
+        "part alone.",
     ),
     click.option(
         "--max-shard-size",
         metavar="SIZE",
-        help="Write safetensors as a folder DST of shards of at most SIZE, 5GB or 500MB, and their "
+        help="Write safetensors as a folder DST of shards of at most SIZE (5GB, 500MB) and an "
         "index, as Hugging Face does.",
     ),
-    click.option("-f", "--force", is_flag=True, help="Replace DST; accept any compression ratio."),
-    click.option("--in-place", is_flag=True, help="Write to SRC; leave DST out."),
     click.option(
-        "--backup/--no-backup",
-        default=True,
-        show_default=True,
-        help="With --in-place, keep SRC as SRC.bak.",
+        "-f", "--force", is_flag=True, help="Replace an existing DST; accept any compression ratio."
     ),
     click.option("-n", "--dry-run", is_flag=True, help="Do everything but write."),
     click.option(
         "--verify/--no-verify",
         default=True,
         show_default=True,
-        help="Compare what is saved anew with its checksums, and the output, read back.",
+        help="Check what is saved anew against its checksums, and read the output back.",
     ),
     click.option(
         "--fsync/--no-fsync",
         default=True,
         show_default=True,
         help="Wait until the disk holds the output.",
+    ),
+)
+
+# Of commands with one input.
+in_place_options = _together(
+    click.option("--in-place", is_flag=True, help="Replace SRC by the output; give no DST."),
+    click.option(
+        "--backup/--no-backup",
+        default=True,
+        show_default=True,
+        help="With --in-place, keep SRC as SRC.bak.",
     ),
 )
 
@@ -101,13 +108,16 @@ reading_options = _together(
         "allow_globals",
         multiple=True,
         metavar="NAME",
-        help="A class that the file may make, mypackage.Config; repeatable.",
+        help="Let the file make objects of this class, for example mypackage.Config; may be "
+        "repeated.",
     ),
     click.option(
-        "--sha256", is_flag=True, help="Report the SHA-256 of input and output; not of folders."
+        "--sha256",
+        is_flag=True,
+        help="Report the SHA-256 of input and output; not of folders.",
     ),
     click.option(
-        "--check-input", is_flag=True, help="Compare all of each input with its checksums first."
+        "--check-input", is_flag=True, help="First check all of each input against its checksums."
     ),
 )
 
@@ -125,12 +135,12 @@ json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="One JSON document on stdout, or on stderr if the output goes to stdout.",
+    help="Print one JSON document on stdout, or on stderr if the output goes to stdout.",
 )
 
 talking_options = _together(
     json_option,
-    click.option("-q", "--quiet", is_flag=True, help="Print errors alone."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print each BatchNorm, and tracebacks."),
     no_color,
 )
