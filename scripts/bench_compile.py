@@ -15,9 +15,9 @@ One run of each; of the second, channels_last was cut short.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,4 +106,8 @@ def main(path: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or [None])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", nargs="?", metavar="RESULTS.json")
+    main(**vars(parser.parse_args()))

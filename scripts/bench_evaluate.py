@@ -6,6 +6,7 @@ ranks costs the same whatever the batch, so that it shows most in small models a
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -55,4 +56,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

@@ -8,6 +8,7 @@ dispatch and by ``kernels/gpu/dispatch.py``.
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
@@ -112,4 +113,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

@@ -18,12 +18,12 @@ not part of gpu_check, as compiling takes minutes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,4 +307,9 @@ def main(path: str, what: str = "layers") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", metavar="RESULTS.json")
+    parser.add_argument("what", nargs="?", default="layers", choices=["layers", "compiled"])
+    main(**vars(parser.parse_args()))

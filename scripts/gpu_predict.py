@@ -15,6 +15,7 @@ the low side: all three are taken to overlap perfectly, and latencies are estima
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import re
@@ -228,4 +229,8 @@ def summary(layers: list[Row]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

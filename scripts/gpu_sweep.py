@@ -8,6 +8,7 @@ the rule's choice; all are kept.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -212,7 +213,11 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
+    if sys.argv[1:2] == ["compile"]:  # one process of compile_all
         compile_part(*map(int, sys.argv[2:]))
-    else:
-        main(sys.argv[1])
+        sys.exit()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", metavar="RESULTS.json")
+    main(**vars(parser.parse_args()))

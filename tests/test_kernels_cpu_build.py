@@ -271,3 +271,21 @@ def test_killed_build_and_damaged_library_do_not_matter_to_the_next_process(
     assert finish(start(tmp_path, CHILD_IN_FLOAT32, CXX=str(slow_once))) == [
         "distbn_convert.kernels.cpu"
     ]
+
+
+def test_the_script_that_checks_memory_compiles_every_dtype(tmp_path: Path) -> None:
+    """With a compiler that makes nothing, and a pytest that only tells its version."""
+    root = Path(__file__).parent.parent
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(root / "scripts" / "check_memory", tmp_path / "scripts")
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHON": sys.executable, "CXX": "true"}
+    run = subprocess.run(
+        [tmp_path / "scripts" / "check_memory", "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("pytest ")
+    libraries = tmp_path.glob("runs/asan/distbn_convert/*.so")
+    assert len(list(libraries)) == len(build.VALUES)

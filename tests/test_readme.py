@@ -84,6 +84,35 @@ def test_the_extra_of_the_tests_holds_what_every_script_needs() -> None:
     assert all(set(extras[extra].splitlines()) <= held for extra in needed)
 
 
+def test_every_script_has_a_help_and_does_nothing_else_then(tmp_path: Path) -> None:
+    pytest.importorskip("triton")  # which some import
+    scripts = [*(ROOT / "scripts").glob("*.py")]
+    scripts = [path for path in scripts if "__main__" in path.read_text("utf-8")]
+    assert len(scripts) >= 10
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, script\n"
+        "    else: raise AssertionError(script)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, scripts)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.lower().count("usage: ") == len(scripts)
+    for name in ("gpu_check", "test_torch"):  # others pass their arguments on
+        told = subprocess.check_output([ROOT / "scripts" / name, "--help"], text=True, timeout=20)
+        assert told.startswith("Test")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_quickstart_trains_converts_back_and_prints_equal_accuracies(tmp_path: Path) -> None:
     """`./scripts/test` itself is the other command: it is what runs this."""
