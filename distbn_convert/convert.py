@@ -184,7 +184,7 @@ def revert_model(
     ]
     entries = [e for e in candidates if accepts(filter_fn, e.module, [e.fqn, *e.aliases])]
     if not entries:
-        raise _nothing(candidates, filter_fn, "layer with virtual ranks", "revert")
+        raise _nothing(candidates, filter_fn, "layers with virtual ranks", "revert")
     _raise_unless_revertible(modules, entries)
     buffers = _reduce_all(entries, reduction, rank, process_group)
     for entry in entries:

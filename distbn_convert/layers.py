@@ -59,9 +59,10 @@ class RankSettings:
 class DistBatchNormMixin(_BatchNorm):
     """What the three layers share, and what a subclass of yours needs to have virtual ranks.
 
-    Put it behind your class and in front of nothing: ``class DistMyNorm(MyNorm,
-    DistBatchNorm2d)`` keeps ``MyNorm.forward`` if that calls ``super().forward``. A class
-    that computes batch norm itself overrides ``forward`` and calls :meth:`normalize`.
+    Name one of the three last among the bases: ``class DistMyNorm(MyNorm, DistBatchNorm2d)`` keeps
+    ``MyNorm.forward``, which is enough if that calls ``super().forward``. A class that computes
+    batch norm itself overrides ``forward`` and calls :meth:`normalize`. See
+    :func:`~distbn_convert.register_pair`.
     """
 
     vt_world_size: int

@@ -31,6 +31,7 @@ _WRAPPERS = {
     "OptimizedModule": "convert the model before torch.compile",
     "Module.compile()": "convert the model before compiling it",
 }
+_OR_SKIP = ", or pass unsupported='skip'"
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torch.nn.qat.")
 
 
@@ -128,7 +129,7 @@ def plan_conversion(
             if not accepts(filter_fn, module, names):
                 action, target, reason = "filtered", None, "filter_fn leaves it out"
             elif action == "refuse" and unsupported == "skip":
-                action = "skip"
+                action, reason = "skip", reason.removesuffix(_OR_SKIP)
         entries.append(PlanEntry(names[0], tuple(names[1:]), module, action, target, reason))
     return ConversionPlan(entries)
 
@@ -276,7 +277,7 @@ def _why_unsupported(module: _BatchNorm) -> str | None:
     if dist_class_of(cls) is None:
         return (
             f"{cls.__module__}.{cls.__qualname__} is a subclass whose behaviour would be lost; "
-            "register_pair its class with virtual ranks, or pass unsupported='skip'"
+            f"register_pair its class with virtual ranks{_OR_SKIP}"
         )
     if "forward" in vars(module):
         return "its forward was replaced on the instance; convert before patching it"
