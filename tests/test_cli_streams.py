@@ -52,6 +52,15 @@ def failed(done: subprocess.CompletedProcess[str], code: int, told: str) -> None
     assert told in done.stderr
 
 
+def test_a_system_without_the_signals_of_unix_runs_the_command(plain: Path) -> None:
+    names = "SIGHUP SIGALRM setitimer ITIMER_REAL"
+    code = f"import signal; [delattr(signal, name) for name in {names.split()}]; {PROGRAM[-1]}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*PROGRAM[:-1], code, "convert", "plain.pth", "out.pth", *RANKS]
+    done = subprocess.run(command, cwd=plain.parent, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @needs_full
 @pytest.mark.parametrize("command", ["inspect plain.pth", "inspect plain.pth --json", "--help"])
 def test_a_full_standard_output_is_told(plain: Path, command: str) -> None:

@@ -40,7 +40,9 @@ __all__ = [
     "to_stdout",
 ]
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has neither SIGHUP nor SIGALRM.
+_HANGUP, _ALARM = (getattr(signal, name, None) for name in ("SIGHUP", "SIGALRM"))
+_STOPPING = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 _COLORS = {"Error": "red", "Warning": "yellow"}
 _spools: list[str] = []  # paths of copies of the standard streams
 
@@ -75,7 +77,7 @@ def catch_signals() -> None:
     _stopped_by.clear()
     with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
         for number in _STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, stop)
         sys.unraisablehook = _raise_later
 
@@ -86,7 +88,7 @@ def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
     What imported the program itself does not count.
     """
     while frame is not None and frame.f_globals.get("__name__") != __package__:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+        if frame.f_globals.get("__name__") == "importlib._bootstrap" and _ALARM:
             _wait()
             return
         frame = frame.f_back
@@ -95,7 +97,7 @@ def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
 
 def _raise_later(lost: Any) -> None:
     """Raise a signal again that came where Python cannot raise, such as in a weakref's callback."""
-    if any(lost.exc_value is stop for stop in _stopped_by):
+    if _ALARM and any(lost.exc_value is stop for stop in _stopped_by):
         _wait()
     else:
         sys.__unraisablehook__(lost)
@@ -110,9 +112,11 @@ def ignore_signals() -> None:
     """Ignore the signals to stop from here: what is left to do must finish."""
     _ended.append(True)
     with contextlib.suppress(ValueError):
-        for number in (*_STOPPING, signal.SIGALRM):
+        for number in _STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if _ALARM:
+            signal.signal(_ALARM, signal.SIG_IGN)
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def allow_color(args: Sequence[str]) -> bool | None:
