@@ -105,6 +105,7 @@ def plan_conversion(
 
     Raises:
         ConfigurationError: an argument is outside its allowed values.
+        UnsupportedModuleError: ``model`` is no nn.Module.
         ConversionError: the filter takes a module under one name and not under another.
 
     Example::

@@ -55,7 +55,8 @@ def sync_running_stats(
     Example::
 
         >>> sync_running_stats(model)
-        >>> torch.distributed.checkpoint.save(model.state_dict(), checkpoint_id=folder)
+        >>> import torch.distributed.checkpoint as dcp
+        >>> dcp.save(model.state_dict(), checkpoint_id=folder)
     """
     processes, _ = group_place(process_group)
     layers = [buffers for module in model.modules() if (buffers := running_statistics(module))]

@@ -94,7 +94,9 @@ def revert_checkpoint(
 
     Example::
 
-        >>> revert_checkpoint("virtual.pth", "plain.pth", reduction="select", rank=0)
+        >>> report = revert_checkpoint("virtual.pth", "plain.pth", reduction="select", rank=0)
+        >>> report.counts
+        {'reverted': 20}
     """
     from ..replicas import check_reduction
     from .edit import pooled_excess, reduce_groups
@@ -133,6 +135,7 @@ def inspect_checkpoint(src: StrPath, **options: Any) -> CheckpointReport:
         CheckpointReport: with ``groups[i].spread`` for virtual groups. No groups is no error.
 
     Raises:
+        ConfigurationError: an option is outside its allowed values.
         CheckpointError: the file cannot be read.
     """
     started = time.monotonic()

@@ -50,7 +50,9 @@ def gather_checkpoints(
 
     Example::
 
-        >>> gather_checkpoints(["rank0.pth", "rank1.pth"], "all.pth")
+        >>> report = gather_checkpoints(["rank0.pth", "rank1.pth"], "all.pth")
+        >>> report.counts
+        {'gathered': 20}
     """
     chosen_options = Options(**options)
     if reduction not in _REDUCTIONS:

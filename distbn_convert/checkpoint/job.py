@@ -179,7 +179,9 @@ class Job:
     def _place(self, dst: Path | None) -> Path:
         in_place = self.options.in_place
         if dst is None and not in_place:
-            raise ConfigurationError("expected an output, but got none; name it, or use in_place.")
+            raise ConfigurationError(
+                "expected an output, but got none; name it, or use in_place=True (--in-place)."
+            )
         same = dst is None or same_file(self.root, dst) or same_file(self.src, dst)
         if same and not in_place:
             raise OutputExistsError(

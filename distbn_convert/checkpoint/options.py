@@ -14,7 +14,6 @@ __all__ = ["FORMATS", "Options", "parse_size"]
 
 FORMATS = ("auto", "torch", "safetensors")
 
-
 _UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS |= {unit: 1024**power for power, unit in enumerate(("", "KIB", "MIB", "GIB", "TIB"))}
 
@@ -103,7 +102,6 @@ class Options:
                 f"format must be one of {', '.join(map(repr, FORMATS))}, but got {self.format!r}; "
                 "'auto' keeps the input's."
             )
-
         if self.max_shard_size is not None:
             object.__setattr__(self, "max_shard_size", parse_size(self.max_shard_size))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["CheckpointReport", "FileInfo", "GroupReport", "Spread", "VerifyReport"]
@@ -145,7 +145,7 @@ class VerifyReport:
     checksums: int = 0
     groups: int = 0
     largest_difference: float = 0.0
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON's types, with ``"schema": 1``."""

@@ -41,6 +41,7 @@ def verify_checkpoint(
         VerifyReport: what was checked.
 
     Raises:
+        ConfigurationError: an argument is outside its allowed values.
         VerificationError: the files differ; the message names the first places.
         NothingToDoError: there is nothing at ``state``.
         ReadError: the file is damaged.
