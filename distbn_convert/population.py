@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigurationError, InputError, NothingToConvertError, UnsupportedModuleError
 from .kernels.partition import share_sizes
+from .layers import DistBatchNormMixin
 from .processes import gather_rows, group_place
 from .replicas import merge_moments
 from .sync import running_statistics
@@ -95,14 +96,7 @@ def recalibrate(
         for batch in _show(
             islice(loader, max_batches), loader, max_batches, progress and not place
         ):
-            input = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-            if not hasattr(input, "to"):  # what moves like a tensor may be a graph, or boxes
-                raise InputError(
-                    "expected batches that are a Tensor, or a tuple or list that begins with one, "
-                    f"but got a {type(batch).__name__}; give what the model takes, for example "
-                    "(batch['image'] for batch in loader)."
-                )
-            runnable(input.to(device))
+            runnable(_input_of(batch).to(device))
     own = [part for watcher in watchers for part in watcher.moments]
     gathered = iter(gather_rows([part[None] for part in own], process_group))
     merged = [merge_moments(next(gathered), next(gathered), next(gathered)) for _ in watchers]
@@ -113,6 +107,18 @@ def recalibrate(
         )
     for watcher, moments in zip(watchers, merged, strict=True):
         watcher.write(moments, pooled)
+
+
+def _input_of(batch: Any) -> Any:
+    """Return what a batch has for the model."""
+    input = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not hasattr(input, "to"):  # what moves like a tensor may be a graph, or boxes
+        raise InputError(
+            "expected batches that are a Tensor, or a tuple or list that begins with one, but got a "
+            f"{type(input).__name__}; give what the model takes, for example "
+            "(batch['image'] for batch in loader)."
+        )
+    return input
 
 
 # Their forward broadcasts or copies buffers, which would undo what is measured here.
@@ -141,11 +147,21 @@ class _Watcher:
         type(self.layer)._check_input_dim(self.layer, input)
         self.shape = input.shape
 
+    def normalize(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Note what is normalised, also where a block calls this and no hook runs."""
+        self.forget(input)
+        output = type(self.layer).normalize(self.layer, input, *args, **kwargs)
+        self.after()
+        return output
+
     def before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forget the last batch."""
-        # Of layers that normalise without that check it is the input.
+        """Start with the input: some layers normalise without that check."""
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.shape = next(inputs).shape
+        self.forget(next(inputs))
+
+    def forget(self, input: Tensor) -> None:
+        """Forget the last batch."""
+        self.shape = input.shape
         for name in ("running_mean", "running_var"):
             self.buffers[name].zero_()
         count = self.buffers.get("num_batches_tracked")
@@ -163,6 +179,20 @@ class _Watcher:
         new_var = self.buffers["running_var"].to(mean).view_as(mean)
         new = (batch, new_mean, new_var * (batch - 1).clamp(min=0))  # undoes Bessel's correction
         self.moments = merge_moments(*map(torch.stack, zip(self.moments, new, strict=True)))
+
+    def attach(self, stack: ExitStack) -> None:
+        """Watch until the stack is closed."""
+        if isinstance(self.layer, DistBatchNormMixin):  # all its classes call this
+            self.layer.normalize = self.normalize  # type: ignore[method-assign]
+            stack.callback(delattr, self.layer, "normalize")
+            return
+        self.layer._check_input_dim = self.check_input_dim
+        stack.callback(delattr, self.layer, "_check_input_dim")
+        for handle in (
+            self.layer.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.layer.register_forward_hook(self.after),
+        ):
+            stack.callback(handle.remove)
 
     def restore(self) -> None:
         """Put the statistics back."""
@@ -208,26 +238,23 @@ def _layers(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
 def _estimating(model: nn.Module, watchers: list[_Watcher]) -> Iterator[None]:
     """Run as in evaluation, but the watched layers as in training, and put all back."""
     modes = [(module, module.training) for module in model.modules()]
-    momenta = [watcher.layer.momentum for watcher in watchers]
+    layers = [watcher.layer for watcher in watchers]
+    options = [(layer, layer.momentum, layer.track_running_stats) for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks
         model.eval()
         for watcher in watchers:
-            watcher.layer.training, watcher.layer.momentum = True, 1.0
-            watcher.layer._check_input_dim = watcher.check_input_dim
-            stack.callback(delattr, watcher.layer, "_check_input_dim")
-            for handle in (
-                watcher.layer.register_forward_pre_hook(watcher.before, with_kwargs=True),
-                watcher.layer.register_forward_hook(watcher.after),
-            ):
-                stack.callback(handle.remove)
+            watcher.layer.training = watcher.layer.track_running_stats = True
+            watcher.layer.momentum = 1.0
+            watcher.attach(stack)
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for watcher, momentum in zip(watchers, momenta, strict=True):
-                watcher.layer.momentum = momentum
+            for layer, momentum, tracks in options:
+                layer.momentum, layer.track_running_stats = momentum, tracks
+            for watcher in watchers:
                 watcher.restore()
 
 

@@ -104,6 +104,28 @@ def test_what_is_normalised_is_counted_not_what_the_layer_is_given(ranks: int | 
     assert "_check_input_dim" not in vars(model.norm)
 
 
+class Fused(nn.Module):
+    """Calls ``normalize``, as a residual block does; for half of the batch, then for the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = convert_model(nn.BatchNorm2d(3).double(), 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = [self.norm.normalize(part, "relu", residual=part) for part in input.chunk(2)]
+        return torch.cat(parts)
+
+
+def test_what_a_block_normalises_without_the_layers_forward_is_measured() -> None:
+    model = Fused()
+    batch = make_batches()[0]
+    recalibrate(model, [batch])
+    mean, var = population([part.tensor_split(2)[1] for part in batch.chunk(2)])
+    torch.testing.assert_close(model.norm.running_mean[1], mean, **CLOSE)
+    torch.testing.assert_close(model.norm.running_var[1], var, **CLOSE)
+    assert "normalize" not in vars(model.norm)
+
+
 def test_micro_steps_go_to_their_own_rows() -> None:
     batches = make_batches()
     layer = convert_model(nn.BatchNorm2d(3).double(), 2, accumulation_steps=2)
@@ -171,6 +193,22 @@ def test_layers_that_count_no_batches_are_recalibrated(ranks: int | None) -> Non
     mean, var = population(make_batches())
     torch.testing.assert_close(layer.running_mean, mean.expand_as(layer.running_mean), **CLOSE)
     torch.testing.assert_close(layer.running_var, var.expand_as(layer.running_var), **CLOSE)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("counts", [True, False])
+def test_layers_that_training_does_not_update_are_recalibrated(
+    ranks: int | None, counts: bool
+) -> None:
+    layer = nn.BatchNorm2d(3).double()
+    layer = layer if ranks is None else convert_model(layer, ranks)
+    layer.track_running_stats = False  # evaluation uses the buffers all the same
+    if not counts:
+        layer.num_batches_tracked = None
+    recalibrate(layer, make_batches(), pooled=True)
+    _, var = population(make_batches())
+    torch.testing.assert_close(layer.running_var, var.expand_as(layer.running_var), **CLOSE)
+    assert not layer.track_running_stats
 
 
 class Twice(nn.Module):
@@ -270,8 +308,9 @@ def test_what_cannot_be_recalibrated_is_refused() -> None:
     layer = convert_model(nn.BatchNorm2d(3), 2)
     with pytest.raises(InputError, match="the loader gave no samples"):
         recalibrate(layer, [])
-    for batch in ({"image": torch.randn(4, 3, 8, 8)}, [], "abc"):
-        with pytest.raises(InputError, match=rf"but got a {type(batch).__name__}; give what the"):
+    images = torch.ones(4, 3, 2, 2)
+    for batch, kind in (({"image": images}, "dict"), ([], "list"), ([list(images), 3], "list")):
+        with pytest.raises(InputError, match=f"but got a {kind}; give what the model takes"):
             recalibrate(layer, [batch])
     for value in (0, 1.5):
         with pytest.raises(ConfigurationError, match="max_batches must be a positive int or None"):
