@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Whole and part vectors, runs shorter than one, several chunks, a split reduction, one channel,
-# more channels than go together.
+# more channels than go together, few samples to a rank.
 SHAPES = [
     (9, 70),
     (40, 3),
@@ -31,6 +31,7 @@ SHAPES = [
     (2, 2, 40000),
     (9, 3, 4, 5, 6),
     (600, 17, 3, 3),
+    (4, 40, 3, 4),
 ]
 
 

@@ -76,7 +76,7 @@ void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optiona
   advise_huge_pages(output);
   const T* x = static_cast<const T*>(input.data_ptr());
   T* y = static_cast<T*>(output.data_ptr());
-  if (channels_last || problem.positions <= kFewPositions) {
+  if (takes_columns(problem, channels_last)) {
     Runner(ColumnsForward<T>(problem, channels_last, x, y, statistics)).run();
   } else {
     Runner(RowsForward<T>(problem, x, y, statistics)).run();
@@ -105,7 +105,7 @@ void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor gr
   const T* dy = static_cast<const T*>(grad_output.data_ptr());
   const T* x = static_cast<const T*>(input.data_ptr());
   T* dx = static_cast<T*>(grad_input.data_ptr());
-  if (channels_last || problem.positions <= kFewPositions) {
+  if (takes_columns(problem, channels_last)) {
     Runner(ColumnsBackward<T>(problem, channels_last, dy, x, dx, statistics)).run();
   } else {
     Runner(RowsBackward<T>(problem, dy, x, dx, statistics)).run();

@@ -30,6 +30,15 @@ constexpr int64_t kCacheBytes = 512 * 1024;
 // Up to this many positions an input laid out as [N, C, S] is taken as rows of C * S columns. Measured
 // with AVX-512 and with AVX2; the longer a machine's vectors, the more lanes a short run leaves empty.
 constexpr int64_t kFewPositions = kNativeBytes == 64 ? 32 : 15;
+// But what a rank does once for each of its columns takes as long as so many rows: with few samples to
+// a rank, half as many positions already pay for runs.
+constexpr int64_t kRowsToStart = 4;
+
+// Whether an input is taken as rows of columns.
+inline bool takes_columns(const Problem& p, bool channels_last) {
+  const int64_t rows = ceil_div(p.samples, p.ranks) + kRowsToStart;
+  return channels_last || p.positions <= std::min(kFewPositions, 2 * rows - 1);
+}
 
 // Rows of `width` columns, cut into blocks. A channel has `fold` columns: if channels come last and
 // are few, several positions make a row; if positions come last, all of them do.
