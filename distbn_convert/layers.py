@@ -143,9 +143,12 @@ class DistBatchNormMixin(_BatchNorm):
         if mean is not None and var is not None:
             mean, var = evaluation_statistics(mean, var, self.eval_reduction, self.eval_rank)
         batch_statistics = mean is None and var is None
-        return F.batch_norm(
-            input, mean, var, self.weight, self.bias, batch_statistics, 0.0, self.eps
-        )
+        parts: tuple[Tensor | None, ...] = (mean, var, self.weight, self.bias)
+        if len({part.dtype for part in parts if part is not None}) > 1 and input.itemsize == 2:
+            # As under FSDP2's mixed precision. Training takes each in its own dtype, torch not.
+            parts = tuple(None if part is None else part.float() for part in parts)
+        mean, var, weight, bias = parts
+        return F.batch_norm(input, mean, var, weight, bias, batch_statistics, 0.0, self.eps)
 
     def _normalize_ranks(self, input: Tensor, *epilogue: Any) -> Tensor:
         statistics: Any = self.running_mean, self.running_var, self.num_batches_tracked

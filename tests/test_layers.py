@@ -163,6 +163,21 @@ def test_layers_of_other_dtypes_keep_them(dtype: torch.dtype) -> None:
     assert DistBatchNorm2d(6, vt_world_size=2, dtype=dtype).running_var.dtype == dtype
 
 
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("statistics", [True, False], ids=["low-statistics", "low-parameters"])
+def test_what_training_takes_in_two_dtypes_evaluation_takes_too(
+    low: torch.dtype, statistics: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = DistBatchNorm2d(6, vt_world_size=2)
+    for name in ("running_mean", "running_var") if statistics else ("weight", "bias"):
+        getattr(layer, name).data = getattr(layer, name).data.to(low)
+    input = torch.randn(8, 6, 4, 3).to(low)
+    layer(input).sum().backward()
+    expected = copy.deepcopy(layer).float().eval()(input)
+    torch.testing.assert_close(layer.eval()(input), expected)
+
+
 def test_device_is_an_option() -> None:
     layer = DistBatchNorm2d(6, vt_world_size=2, device="meta")
     assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
