@@ -103,6 +103,7 @@ def test_case_21_what_training_scripts_save_is_accepted(tmp_path: Path) -> None:
         "array": numpy.arange(4, dtype=numpy.float32),
         "frozen": frozenset([1]),
         "delta": datetime.timedelta(seconds=4),
+        "torch": torch.__version__,
     }
     path = save(tmp_path / "in.pth", content)
     convert_checkpoint(path, tmp_path / "v.pth", 2)

@@ -15,6 +15,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..errors import RefusedError
 from .opaque import known_global
 
@@ -53,6 +55,7 @@ def allowed_globals(extra: Sequence[str] = ()) -> list[Any]:
         datetime.time,
         datetime.timedelta,
         datetime.timezone,
+        type(torch.__version__),
     ]
     pairs: list[Any] = [(cls, f"{cls.__module__}.{cls.__name__}") for cls in plain]
     for name in ("PosixPath", "PurePosixPath"):  # 3.13 moved them to pathlib._local, and back
