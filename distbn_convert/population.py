@@ -114,8 +114,8 @@ def _input_of(batch: Any) -> Any:
     input = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if not hasattr(input, "to"):  # what moves like a tensor may be a graph, or boxes
         raise InputError(
-            "expected batches that are a Tensor, or a tuple or list that begins with one, but got a "
-            f"{type(input).__name__}; give what the model takes, for example "
+            "expected batches that are a Tensor, or a tuple or list that begins with one, but got "
+            f"a {type(input).__name__}; give what the model takes, for example "
             "(batch['image'] for batch in loader)."
         )
     return input

@@ -51,7 +51,11 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         smaller for all. So a mean over the batch is the mean of the ranks' means, which is what
         DDP's averaged gradients descend, and no loss needs weights.
 
-        Call :meth:`set_epoch` before each epoch, as for ``DistributedSampler``.
+        Call :meth:`set_epoch` before each epoch, as for ``DistributedSampler``. As in
+        ``BatchSampler`` the attribute ``batch_size`` is the size of a whole batch.
+
+        Leave the loader out of ``accelerate``'s ``prepare`` if there are several processes: it
+        would deal each one's batches to all of them once more.
 
     Example::
 
@@ -82,7 +86,8 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         check_partition(partition)
         self.num_replicas, self.rank = _replica(num_replicas, rank)
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.rank_batch_size = batch_size
+        self.batch_size = batch_size * vt_world_size  # what frameworks take a batch to hold
         self.vt_world_size = vt_world_size
         self.shuffle = shuffle
         self.seed = seed
@@ -109,13 +114,13 @@ class VirtualDistributedSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        whole, rest = divmod(self.num_samples, self.batch_size)
+        whole, rest = divmod(self.num_samples, self.rank_batch_size)
         return (whole + bool(rest and not self.drop_last_batch)) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = self._deal()
+        rows, size = self._deal(), self.rank_batch_size
         for step in range(len(self) // self.accumulation_steps):
-            samples = rows[:, step * self.batch_size : (step + 1) * self.batch_size]
+            samples = rows[:, step * size : (step + 1) * size]
             for share in samples.split(self.vt_world_size):
                 yield (share.T if self.partition == "interleaved" else share).flatten().tolist()
 

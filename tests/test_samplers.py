@@ -98,6 +98,16 @@ def test_it_drives_a_data_loader() -> None:
     assert len(loader) == 3
 
 
+def test_accelerate_loses_no_sample_of_the_last_batch() -> None:
+    from accelerate import Accelerator
+
+    accelerator, data = Accelerator(cpu=True), list(range(103))
+    sampler = VirtualDistributedSampler(data, 4, 4, shuffle=False)
+    loader = accelerator.prepare(DataLoader(data, batch_sampler=sampler))
+    sizes = [len(accelerator.gather_for_metrics(batch)) for batch in loader]
+    assert sizes == [16] * 6 + [7]  # of the last 8 one fills up, which it leaves out
+
+
 def test_a_last_batch_too_small_for_batch_norm_is_refused_by_the_layer_as_ddp_refuses_it() -> None:
     sampler = VirtualDistributedSampler(range(18), 4, 2)
     sizes = [len(batch) for batch in sampler]
