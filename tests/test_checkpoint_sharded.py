@@ -318,8 +318,10 @@ def test_weights_under_another_index_are_left_out(tmp_path: Path) -> None:
 
 
 def test_files_that_may_hold_other_weights_are_listed(tmp_path: Path) -> None:
-    weights = ["ema.bin", "model.safetensors", "pytorch_model.bin"]
-    for name in (*weights, "own.bin", "optimizer_1.bin", "scheduler.bin", "training_args.bin"):
+    weights = ["ema.bin", "ema.pt", "model.safetensors", "pytorch_model.bin"]
+    accelerates = ["optimizer_1.bin", "scheduler.bin", "dl_state_dict.bin", "scaler.pt"]
+    trainers = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"]
+    for name in (*weights, "own.bin", *accelerates, *trainers, "training_args.bin"):
         (tmp_path / name).touch()
     assert other_weights(tmp_path, ["own.bin"]) == weights
 

@@ -31,8 +31,11 @@ __all__ = [
 ]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
-# What accelerate and transformers save beside them.
-_NO_WEIGHTS = ("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "training_args.bin")
+# What accelerate and the Trainer of transformers save beside them.
+_NO_WEIGHTS = (
+    *("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "dl_state_dict*.bin", "scaler.pt"),
+    *("optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin"),
+)
 
 
 def write_sharded(
