@@ -80,6 +80,18 @@ def test_training_updates_each_row_with_its_own_share(partition: str) -> None:
     assert (layer.running_mean[0] - layer.running_mean[1]).abs().max() > 0.01
 
 
+def test_interleaved_ranks_take_the_same_samples_of_every_part_of_a_batch() -> None:
+    torch.manual_seed(0)
+    layer = DistBatchNorm1d(6, vt_world_size=4, partition="interleaved").double()
+    views = torch.randn(2, 12, 6, dtype=torch.float64)
+    outputs = layer(views.flatten(0, 1)).view_as(views)
+    for rank in range(4):
+        own = nn.BatchNorm1d(6).double()
+        expected = own(views[:, rank::4].flatten(0, 1))
+        torch.testing.assert_close(outputs[:, rank::4].flatten(0, 1), expected)
+        torch.testing.assert_close(layer.running_var[rank], own.running_var)
+
+
 @pytest.mark.parametrize(("reduction", "rank"), [("mean", 0), ("select", 2), ("pooled", 0)])
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_evaluation_is_one_plain_batch_norm_bit_for_bit(
