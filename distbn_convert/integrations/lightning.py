@@ -39,7 +39,8 @@ class VirtualRanks(Callback):
 
     Raises:
         ConfigurationError: a training loader has a sampler whose order cannot be dealt, or a
-            ``VirtualDistributedSampler`` for other ranks.
+            ``VirtualDistributedSampler`` for other ranks; or the Trainer steps before all
+            ``accumulation_steps`` are done.
         ConversionError: as :func:`~distbn_convert.convert_model`, when the Trainer starts.
 
     Note:
@@ -70,6 +71,21 @@ class VirtualRanks(Callback):
                 callback.setup(trainer, pl_module, stage)
         if stage == "fit" and self.sampler:
             self._deal_for(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse steps of fewer ranks than the layers have; a scheduler may set it by epoch."""
+        steps = self.options.get("accumulation_steps", 1)
+        given = trainer.accumulate_grad_batches
+        # Lightning's StochasticWeightAveraging has an epoch without steps, for the statistics.
+        whole_epoch = given == trainer.num_training_batches
+        if pl_module.automatic_optimization and given % steps and not whole_epoch:
+            raise ConfigurationError(
+                f"expected a Trainer that accumulates the gradients of {steps} batches, as "
+                f"accumulation_steps={steps} says, but it has accumulate_grad_batches={given}; "
+                f"pass accumulate_grad_batches={steps} to the Trainer."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer's loaders to it."""

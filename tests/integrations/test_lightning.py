@@ -130,6 +130,24 @@ def test_without_the_sampler_the_loaders_batches_are_cut_as_they_are() -> None:
         torch.testing.assert_close(module.net.state_dict()[name], value, rtol=1e-9, atol=1e-9)
 
 
+def test_micro_steps_of_the_trainer_equal_one_step_of_all_ranks() -> None:
+    modules = make_module(), make_module()
+    fit(modules[0], VirtualRanks(4), make_loader(), epochs=1)
+    ranks = VirtualRanks(2, accumulation_steps=2)
+    fit(modules[1], ranks, make_loader(), epochs=1, accumulate_grad_batches=2)
+    for name, value in modules[0].state_dict().items():
+        torch.testing.assert_close(modules[1].state_dict()[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_trainer_that_steps_between_micro_steps_is_refused() -> None:
+    module = make_module()
+    before = copy.deepcopy(module.state_dict())
+    match = "accumulation_steps=2 says, but it has accumulate_grad_batches=3; pass accum"
+    with pytest.raises(ConfigurationError, match=match):
+        fit(module, VirtualRanks(2, accumulation_steps=2), make_loader(), accumulate_grad_batches=3)
+    assert all(module.state_dict()[name].equal(before[name]) for name in before if "weight" in name)
+
+
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
 def test_the_loaders_in_a_combined_loader_are_dealt(mode: Any) -> None:
     module, plain = Recorder(), Recorder()
