@@ -98,6 +98,18 @@ def test_it_drives_a_data_loader() -> None:
     assert len(loader) == 3
 
 
+def test_a_framework_tells_it_the_epoch() -> None:
+    from lightning.fabric import Fabric
+
+    sampler = VirtualDistributedSampler(range(40), 5, 4)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    loader = fabric.setup_dataloaders(DataLoader(list(range(40)), batch_sampler=sampler))
+    for epoch in range(2):
+        seen = [batch.tolist() for batch in loader]
+        sampler.set_epoch(epoch)
+        assert seen == list(sampler)
+
+
 def test_accelerate_loses_no_sample_of_the_last_batch() -> None:
     from accelerate import Accelerator
 

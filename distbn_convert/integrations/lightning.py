@@ -119,7 +119,7 @@ class VirtualRanks(Callback):
                     f"expected a VirtualDistributedSampler for the ranks of the layers, {ranks}, "
                     f"but got one for {given}; make the loader anew for the former."
                 )
-            vars(batches)["sampler"] = batches  # where Lightning looks for set_epoch
+            batches.sampler = batches  # overfitting took it away
             return loader
         _raise_unless_dealable(loader)
         sampler: Any = VirtualDistributedSampler(
@@ -130,7 +130,6 @@ class VirtualRanks(Callback):
             drop_last_batch=loader.drop_last,
             **ranks,
         )
-        sampler.sampler = sampler
         # A new one would need the arguments of a class of yours, which it need not have kept.
         dealt = copy.copy(loader)
         vars(dealt).update(
