@@ -9,6 +9,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from distbn_convert import (
     DistBatchNorm1d,
@@ -291,6 +294,17 @@ def test_checkpoint_with_other_ranks_is_refused_before_anything_is_loaded() -> N
         after = model.state_dict()
         assert all(torch.equal(after[name], before[name]) for name in before)
         assert not any(revert_model(model)._load_state_dict_pre_hooks)
+
+
+def test_checkpointed_blocks_are_checked_before_anything_is_loaded() -> None:
+    model = convert_model(nn.Sequential(small_net()), 4)
+    source = convert_model(nn.Sequential(trained_net()), 8).state_dict()
+    apply_activation_checkpointing(model, check_fn=lambda module: module is model[0])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateDictError, match=r"^0\.1\.running_mean .* has 8 .* the layer has 4;"):
+        model.load_state_dict(source)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_checkpoints_are_checked_once_as_long_as_some_layer_has_virtual_ranks() -> None:
