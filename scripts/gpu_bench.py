@@ -58,7 +58,8 @@ CYCLES_PER_SECOND = 4_000_000_000
 REPEATS = 30
 # Times of a layer, and which kernels that wait may be chosen for each.
 ENABLED = {
-    "ms": rule.WAITING,
+    "ms": rule.ENABLED,
+    "pipelined_ms": rule.WAITING,
     "ticketed_ms": frozenset({"ticketed"}),
     "unaided_ms": frozenset(),
 }
@@ -127,9 +128,9 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
     times: list[dict[str, float]] = []
     for enabled in ENABLED.values():
         with only_enabled(enabled):
-            same = kinds[-1:] == [choose()]
-            times.append(times[-1] if same else measure())
-            kinds.append(choose())
+            found = choose()
+            times.append(times[kinds.index(found)] if found in kinds else measure())
+            kinds.append(found)
     with unsized():
         unsized_ms = times[0] if share.last else measure()
     with switched_off():

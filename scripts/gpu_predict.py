@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import operator
 import re
 from typing import NamedTuple
 
 import triton
 from gpu_table import BARS, PREDICTIONS, Bar, Row
 
+from distbn_convert.kernels.gpu import rule
 from distbn_convert.kernels.gpu.launch import Share
 from distbn_convert.kernels.gpu.rule import Choice
 from tests.aot import RESNET50, compile_kernel, configurations
@@ -114,6 +116,13 @@ def programs_of(code: Code, choice: Choice, share: Share) -> list[Program]:
     slabs = share.slabs(choice.channels)
     pieces = slabs * choice.splits
     turns = -(-(choice.size or share.values) // choice.rows) if choice.kind != "planes" else 1
+    if choice.kind == "pipelined":
+        start, stop = max(
+            ((target, at) for at, target in branches(code.body)), key=lambda loop: loop[1] - loop[0]
+        )
+        round = code.part(start, stop + 1) * -(-slabs // choice.groups)
+        once = code.part(0, start), code.part(stop + 1, math.inf)
+        return [Program([*once[0], *round, *once[1]], choice.groups * choice.splits)]
     if choice.kind != "ticketed":
         return [Program(code.part(0, math.inf, turns), pieces)]
     # Gathering: up to the arrival, and for the last to arrive, up to the announcement.
@@ -200,18 +209,33 @@ def predict(bar: Bar, channels: int, side: int) -> Row:
 def tensors(choice: Choice, backward: bool) -> tuple[int, int]:
     """Tensors moved to and from memory, and in all, with what L2 has."""
     once, twice = (3, 5) if backward else (2, 3)
-    if choice.kind in ("resident", "planes", "cooperative"):
+    if choice.kind in ("resident", "planes", "cooperative", "pipelined"):
         return once, once
     return (twice, twice) if choice.kind == "split" else (once, twice)
 
 
+def predict_pipelined(bar: Bar, channels: int, side: int) -> float | None:
+    """Predict a layer with pipelined kernels, if it would take one."""
+    before, rule.ENABLED = rule.ENABLED, rule.WAITING
+    try:
+        row = predict(bar, channels, side)
+    finally:
+        rule.ENABLED = before
+    return row["predicted"] if row["kernel"] == "pipelined" else None
+
+
 def main() -> None:
-    rows: list[Row] = [predict(bar, *layer) for bar in BARS for layer in RESNET50]
+    rows: list[Row] = [
+        {**predict(bar, *layer), "pipelined": predict_pipelined(bar, *layer)}
+        for bar in BARS
+        for layer in RESNET50
+    ]
     with PREDICTIONS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{'':34}{'floor ms':>9}   over the floor: {'  '.join((*BOUNDS, 'predicted'))}")
+    names = *BOUNDS, "predicted", "pipelined"
+    print(f"{'':34}{'floor ms':>9}   over the floor: {'  '.join(names)}")
     for bar in BARS:
         layers = [row for row in rows if (row["dtype"], row["layout"], row["pass"]) == bar[:3]]
         print(f"{bar.name:34}{summary(layers)}")
@@ -221,9 +245,12 @@ def summary(layers: list[Row]) -> str:
     """Sum a bar's layers: the floor, each bound over it, and the prediction."""
     floor = math.fsum(row["count"] * row["floor_ms"] for row in layers)
     sums = [math.fsum(row["count"] * row[f"{name}_ms"] for row in layers) for name in BOUNDS]
-    predicted = math.fsum(row["count"] * row["floor_ms"] * row["predicted"] for row in layers)
-    ratios = [one / floor for one in (*sums, predicted)]
-    widths = [len(name) for name in (*BOUNDS, "predicted")]
+    for name in ("predicted", "pipelined"):
+        ratios = [row[name] or row["predicted"] for row in layers]
+        weights = [row["count"] * row["floor_ms"] for row in layers]
+        sums.append(math.fsum(map(operator.mul, weights, ratios)))
+    ratios = [one / floor for one in sums]
+    widths = [len(name) for name in (*BOUNDS, "predicted", "pipelined")]
     columns = (f"{one:{width}.2f}" for one, width in zip(ratios, widths, strict=True))
     return f"{floor:9.2f}   {'':16}{'  '.join(columns)}"
 

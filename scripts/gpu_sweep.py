@@ -89,6 +89,8 @@ def find_contiguous(share: Share, backward: bool) -> Iterator[Choice]:
 
 def find_channels_last(share: Share, backward: bool) -> Iterator[Choice]:
     values, each = share.values, (8, 16, 32) if share.itemsize == 2 else (8, 16)
+    if share.itemsize == 2:
+        yield from find_pipelined(share, backward)
     widths = [width for width in (16, 32, 64, 128) if width <= share.channels]
     for width, (warps, tile) in itertools.product(widths, tiles((4, 8, 16, 32), each)):
         rows, slabs = tile // width, share.slabs(width)
@@ -103,6 +105,21 @@ def find_channels_last(share: Share, backward: bool) -> Iterator[Choice]:
         for depth in {min(int(most / slab), slabs) for most in DEPTH_BYTES} - {0, 1}:
             size = max(-(-values // (min(-(-792 // depth), 128) * rows)), 2) * rows
             yield Choice("ticketed", rows, width, warps, -(-values // size), size, depth)
+
+
+def find_pipelined(share: Share, backward: bool) -> Iterator[Choice]:
+    """All of whose programs run at once, on as many multiprocessors as are a power of two."""
+    for width, (warps, tile) in itertools.product((16, 32, 64, 128), tiles((4, 8, 16), (64, 128))):
+        rows = tile // (2 * width if backward else width)
+        programs = min(share.multiprocessors, 128) * (2 if warps == 4 else 1)
+        most = min(programs // -(-share.values // rows), share.slabs(width) // 2)
+        # A thread of 16 warps has registers for half as many values.
+        if tile > 2**15 or width > share.channels or not most:
+            continue
+        groups = power_of_two(most + 1) // 2
+        size = -(-share.values // (programs // groups))
+        splits = -(-share.values // size)
+        yield Choice("pipelined", power_of_two(size), width, warps, splits, size, 0, groups)
 
 
 def multiprocessors() -> int:

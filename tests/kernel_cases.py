@@ -51,12 +51,13 @@ CASES = [
     Case((3, 4, 2, 3), channels_last=True, residual=True, relu=True),
     Case((9, 2, 8), interleaved=True, dtype=torch.float16, residual=True, relu=True),
     Case((4, 1, 5), vt_world_size=1, memory="strided", residual=True, relu=True),
+    Case((13, 6, 3, 3), vt_world_size=3, channels_last=True, dtype=torch.float16, wide=True),
     Case((70, 2, 6), vt_world_size=70),
 ]
 # Some of those in which rows are divided by S, which may be a constant or not.
 DIVIDED = [CASES[place] for place in (1, 3, 5, 8, 12, 16)]
 Tensors = dict[str, Any]
-KINDS = ("resident", "planes", "cooperative", "loop", "split", "ticketed")
+KINDS = ("resident", "planes", "cooperative", "pipelined", "loop", "split", "ticketed")
 
 
 def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
@@ -209,19 +210,29 @@ def check_tiny(
 
 
 def force(kind: str) -> Callable[..., Choice]:
-    """A rule that always takes one kernel, with tiles so small that every loop turns."""
+    """A rule that always takes one kernel, with tiles so small that every loop turns.
+
+    What a pipelined one cannot take is split.
+    """
 
     def choose(
         *,
         channels_last: bool,
+        itemsize: int,
         samples: int,
         values: int,
         channels: int,
         vt_world_size: int,
+        residual: bool = False,
         **_: Any,
     ) -> Choice:
         width = 2 if channels_last and channels > 1 and kind != "cooperative" else 1
         rows = 1 << (values - 1).bit_length()
+        words = channels_last and itemsize == 2 and channels % 2 == 0
+        if kind == "pipelined" and words and not residual:
+            size = -(-values // 3)  # pieces that do not fill their tile
+            rows = 1 << (size - 1).bit_length()
+            return Choice(kind, rows, width, 1, -(-values // size), size, groups=2)
         if kind == "planes" and not channels_last:
             return Choice(kind, 1 << (samples - 1).bit_length(), 2, 1)
         if kind in ("resident", "planes"):
@@ -233,6 +244,7 @@ def force(kind: str) -> Callable[..., Choice]:
             size = rows - 1 if channels_last else rows
             return Choice(kind, rows, width, 1, -(-values // size), size)
         depth = min(2, -(-channels // width) * vt_world_size) if kind == "ticketed" else 0
-        return Choice(kind, rows, width, 1, -(-values // rows), rows, depth)
+        other = "split" if kind == "pipelined" else kind
+        return Choice(other, rows, width, 1, -(-values // rows), rows, depth)
 
     return choose

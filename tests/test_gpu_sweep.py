@@ -45,8 +45,10 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
             assert choice.rows & (choice.rows - 1) == 0
             if choice.kind == "cooperative":
                 assert 4 * choice.splits <= 132
+            if choice.kind == "pipelined":  # one program of 8 warps on a multiprocessor, or two
+                assert choice.groups * choice.splits * choice.warps <= 128 * max(choice.warps, 8)
     assert kinds[False] == {"resident", "planes", "loop", "cooperative"}
-    assert kinds[True] == {"loop", "split", "ticketed"}
+    assert kinds[True] == {"loop", "pipelined", "split", "ticketed"}
 
 
 def pretend(sweep: Any, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:

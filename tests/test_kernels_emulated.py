@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from distbn_convert.kernels import gpu
+from distbn_convert.kernels.gpu import rule
 from distbn_convert.kernels.gpu.rule import Choice, select_kernel
 
 from .emulator import Launch, emulated_device
@@ -87,7 +89,7 @@ def of_resnet50(channels: int) -> Callable[..., Choice]:
     def choose(**given: Any) -> Choice:
         choice = select_kernel(**given | {"channels": channels, "vt_world_size": 8})
         slabs = -(-given["channels"] // choice.channels) * given["vt_world_size"]
-        return choice._replace(depth=min(choice.depth, slabs))
+        return choice._replace(depth=min(choice.depth, slabs), groups=min(choice.groups, 1))
 
     return choose
 
@@ -109,6 +111,8 @@ HELD, SWEPT, CUT = (2, 3), (3, 5), (1, 2, 2, 3)
         (512, 7, False, "fp32", "none", "planes planes", HELD),
         (512, 28, True, "bf16", "none", "split split split split", CUT),
         (1024, 14, True, "fp32", "relu", "ticketed ticketed", SWEPT),
+        (256, 14, True, "bf16", "relu", "pipelined pipelined", HELD),
+        (1024, 14, True, "fp16", "none", "pipelined pipelined", HELD),
         (512, 7, True, "bf16", "none", "loop loop", SWEPT),
         (2048, 7, True, "bf16", "add+relu", "loop loop", (4, 7)),
     ],
@@ -126,7 +130,9 @@ def test_layers_of_resnet50_move_what_is_counted(
 ) -> None:
     """The tiles of 256 images over 8 ranks, on some of the channels of two of the ranks."""
     monkeypatch.setattr(launch, "select_kernel", of_resnet50(channels))
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    if kinds.startswith("pipelined"):
+        monkeypatch.setattr(rule, "ENABLED", rule.WAITING)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     shape = 64, (128 // kind.itemsize if last else 2), side, side
     residual, relu = epilogue.startswith("add"), epilogue.endswith("relu")
     case = Case(shape, 2, channels_last=last, dtype=kind, residual=residual, relu=relu)
@@ -142,7 +148,10 @@ def test_layers_of_resnet50_move_what_is_counted(
         # The first value is read apart; where rows of a channel are not whole sectors, both
         # warps at an edge ask for the one between them, the second of L1 or L2.
         whole = last or side * side * kind.itemsize % 32 == 0
-        assert tensors <= found / sectors < tensors * (1.01 if whole else 1.4)
+        most = 1.01 if whole else 1.4
+        if kinds.startswith("pipelined"):  # whose every warp asks for the first values of a slab
+            most = 1.06
+        assert tensors <= found / sectors < tensors * most
 
 
 @pytest.mark.parametrize(
@@ -151,6 +160,8 @@ def test_layers_of_resnet50_move_what_is_counted(
         # Programs and threads that do not wait for each other.
         ("cooperative", r"\.gpu\.release", ".gpu.relaxed", "a read races with a write"),
         ("cooperative", r"\.gpu\.acquire", ".gpu.relaxed", "a read races with a write"),
+        ("pipelined", r"\.gpu\.release", ".gpu.relaxed", "a read races with a write"),
+        ("pipelined", r"\.gpu\.acquire", ".gpu.relaxed", "a read races with a write"),
         ("ticketed", r"\.gpu\.acq_rel", ".gpu.relaxed", "a read races with a write"),
         ("ticketed", r"\.gpu\.acquire", ".gpu.relaxed", "a read races with a write"),
         ("resident", r"\tbar\.sync \t0;", "", "shared memory"),
@@ -167,6 +178,8 @@ def test_what_the_kernels_need_is_found_missing(
 
     monkeypatch.setattr(launch, "select_kernel", choose)
     case = Case((32, 4, 5, 5), channels_last=kind not in ("cooperative", "planes"))
+    if kind == "pipelined":
+        case = replace(case, dtype=torch.bfloat16)
 
     def edit(text: str) -> str:
         changed = re.sub(before, after, text)
@@ -178,3 +191,19 @@ def test_what_the_kernels_need_is_found_missing(
     assert len(launches) == 3
     with emulated_device(ROOM, edit), pytest.raises((RuntimeError, IndexError), match=error):
         compute(gpu, case, make(case))
+
+
+def test_values_that_no_word_begins_with_are_moved(
+    launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a pipelined kernel could not read two values at once."""
+    monkeypatch.setattr(launch, "select_kernel", force("pipelined"))
+    case = Case((9, 4, 2, 3), channels_last=True, dtype=torch.bfloat16)
+    tensors = make(case)
+    for name in ("x", "dy"):
+        moved = torch.empty(tensors[name].numel() + 1, dtype=case.dtype)[1:]
+        moved = moved.view(9, 2, 3, 4).movedim(-1, 1).copy_(tensors[name])
+        assert moved.data_ptr() % 4
+        tensors[name] = moved
+    check(case, tensors)
+    assert [one.program.name for one in launches][:2] == ["pipelined_forward", "pipelined_backward"]

@@ -56,6 +56,8 @@ def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
         "loop_forward",
         "merge_gradients",
         "merge_moments",
+        "pipelined_backward",
+        "pipelined_forward",
         "planes_backward",
         "planes_forward",
         "resident_backward",
@@ -118,6 +120,25 @@ def test_every_kernel_of_resnet50_compiles_without_spills(
             assert "LDG.E.128" in strip_hints(resources.machine_code), what
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pipelined_kernels_hold_two_slabs_without_spills(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "ENABLED", rule.WAITING)
+    found = {}
+    for layer, backward, epilogue in itertools.product(LAYERS, (False, True), ("none", "relu")):
+        described = share(*layer, 2, True)
+        if described.choose(backward).kind == "pipelined":
+            found |= configurations(described, backward, epilogue)
+    assert len(found) == 12
+    for (name, _, key), (kernel, constants, given) in found.items():
+        resources = compile_kernel(kernel, 2, constants, capability, **given)
+        assert resources.stack == 0, f"{name}, {key} spills {resources.stack} bytes"
+        if capability == 90:
+            assert "LDG.E.128" in strip_hints(resources.machine_code)
+
+
 def order_of_memory(kernel: Any, described: Any, backward: bool) -> str:
     """The machine code's accesses of memory and its barriers, repeated ones once."""
     choice = described.choose(backward)
@@ -135,8 +156,10 @@ WAIT = r"(LDG|ATOMG) CCTL.IVALL BAR.SYNC LDG( BAR.SYNC LDG)*"
 
 @needs_triton
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_programs_that_wait_for_others_acquire_and_release(backward: bool) -> None:
-    from distbn_convert.kernels.gpu import cooperative, ticketed
+def test_programs_that_wait_for_others_acquire_and_release(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbn_convert.kernels.gpu import cooperative, pipelined, ticketed
 
     kernels = ticketed.ticketed_forward, ticketed.ticketed_backward
     order = order_of_memory(kernels[backward], share(1024, 196, 2, True), backward)
@@ -146,6 +169,11 @@ def test_programs_that_wait_for_others_acquire_and_release(backward: bool) -> No
     kernels = cooperative.cooperative_forward, cooperative.cooperative_backward
     order = order_of_memory(kernels[backward], share(64, 12544, 2, False), backward)
     assert re.search(ARRIVAL + r".*" + WAIT + r".* STG", order), order
+    # The next slab is asked for between the arrival and the wait.
+    monkeypatch.setattr(rule, "ENABLED", rule.WAITING)
+    kernels = pipelined.pipelined_forward, pipelined.pipelined_backward
+    order = order_of_memory(kernels[backward], share(128, 784, 2, True), backward)
+    assert re.search(ARRIVAL + WAIT + r".* STG", order), order
 
 
 def strip_hints(machine_code: str) -> str:
@@ -188,6 +216,8 @@ def test_every_variant_of_every_kernel_compiles(variant: str, last: bool) -> Non
     assert described.wide() == variant.startswith("64-bit")
     for kind in KINDS:
         cut = Choice(kind, 256, 8 if last else 1, 1, 128, 256, 2)
+        if kind == "pipelined" and not (last and described.vector() > 1):
+            continue
         if kind == "planes":
             if last:
                 continue
@@ -258,7 +288,7 @@ def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
     assert choose(*layer, **changes).kind == kind
 
 
-@pytest.mark.parametrize("enabled", [{"ticketed"}, {"cooperative"}, set()], ids=str)
+@pytest.mark.parametrize("enabled", [{"ticketed"}, {"cooperative"}, {"pipelined"}, set()], ids=str)
 def test_kernels_that_wait_can_be_left_out(
     enabled: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,8 +300,8 @@ def test_kernels_that_wait_can_be_left_out(
         for last in (False, True)
     }
     assert kinds & rule.WAITING == enabled
-    kind = "cooperative" if "cooperative" in enabled else "".join(enabled) or "split"
-    assert choose(64, 12544).kind == kind
+    first = next((kind for kind in ("cooperative", "ticketed") if kind in enabled), "split")
+    assert choose(64, 12544).kind == first
 
 
 def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
@@ -294,12 +324,48 @@ def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -
         assert max(pieces) == most
 
 
+@pytest.mark.parametrize(
+    ("layer", "changes", "slabs"),
+    [
+        ((64, 3136), {}, (32, 128, 1)),
+        ((512, 784), {}, (64, 64, 2)),
+        ((256, 196), {}, (64, 16, 8)),
+        ((64, 3136), {"backward": True}, (16, 128, 1)),
+        ((256, 196), {"backward": True}, (64, 32, 4)),
+        ((512, 784), {"multiprocessors": 108}, (64, 54, 2)),
+        ((64, 12544), {}, None),
+        ((512, 784), {"itemsize": 4, "vector": 4}, None),
+        ((508, 784), {"vector": 4}, None),
+        ((512, 784), {"residual": True}, None),
+        ((32, 784), {"vt_world_size": 1}, None),
+    ],
+    ids=str,
+)
+def test_pipelined_programs_hold_wide_slabs_and_all_run_at_once(
+    layer: tuple[int, int],
+    changes: dict[str, Any],
+    slabs: tuple[int, ...] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(*layer, channels_last=True, **changes).kind != "pipelined"
+    monkeypatch.setattr(rule, "ENABLED", rule.WAITING)
+    choice = choose(*layer, channels_last=True, **changes)
+    found = choice.channels, choice.splits, choice.groups
+    assert (found if choice.kind == "pipelined" else None) == slabs
+
+
+@pytest.mark.parametrize("enabled", [rule.ENABLED, rule.WAITING], ids=sorted)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_choice_covers_its_share_with_legal_tiles(
-    itemsize: int, backward: bool, last: bool
+    itemsize: int,
+    backward: bool,
+    last: bool,
+    enabled: frozenset[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rule, "ENABLED", enabled)
     for channels in (1, 3, 24, 64, 2048):
         for values in (1, 2, 7, 98, 6272, 25088, 401408, 2**31 + 5):
             for ranks in (1, 8, 1000):
@@ -307,7 +373,7 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                     backward=backward,
                     channels_last=last,
                     itemsize=itemsize,
-                    vector=1,
+                    vector=8 if last and channels % 8 == 0 else 1,
                     channels=channels,
                     samples=1,
                     values=values,
@@ -325,12 +391,16 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                     "loop": values,
                 }.get(choice.kind, choice.splits * choice.size)
                 assert covered >= values
-                if choice.kind == "cooperative":
+                if choice.kind == "pipelined":
+                    assert choice.size <= choice.rows
+                    assert choice.rows * choice.channels <= 2**15 // (1 + backward)
+                    assert choice.splits * choice.groups <= 128
+                elif choice.kind == "cooperative":
                     assert choice.size <= choice.rows
                     assert choice.size % 8 == 0  # what a thread may move at once
                 else:
                     assert choice.size % choice.rows == 0
-                cut = choice.kind in ("split", "ticketed", "cooperative")
+                cut = choice.kind in ("split", "ticketed", "cooperative", "pipelined")
                 assert not cut or (choice.splits - 1) * choice.size < values
                 if choice.kind == "ticketed":
                     assert 2 <= choice.depth <= -(-channels // choice.channels) * ranks

@@ -1,4 +1,5 @@
-"""Arithmetic on a tile that stays in registers, for :mod:`.resident` and :mod:`.cooperative`.
+"""Arithmetic on a tile that stays in registers, for :mod:`.resident`, :mod:`.cooperative`
+and the end of :mod:`.pipelined`.
 
 It is one program's rows ``begin`` to ``stop`` of a block, read from memory once, kept in the
 input's own dtype and widened whenever it is used, which can halve the registers. Also for

@@ -16,6 +16,7 @@ from .cooperative import cooperative_backward, cooperative_forward
 from .dispatch import Kernel
 from .loop import loop_backward, loop_forward
 from .pieces import sum_ranks
+from .pipelined import pipelined_backward, pipelined_forward
 from .planes import planes_backward, planes_forward
 from .resident import resident_backward, resident_forward
 from .rule import MULTIPROCESSORS, WAITING, Choice, select_kernel
@@ -34,6 +35,8 @@ __all__ = ["Share", "backward", "describe", "forward"]
 
 # Bytes that one thread moves in one instruction.
 _VECTOR_BYTES = 16
+# What a pipelined kernel reads at once: two values.
+_WORD_BYTES = 4
 # Offsets of masked rows may pass the end of a share by a tile.
 _NARROW = 2**31 - 2**20
 _MERGE_CHANNELS = 32
@@ -43,6 +46,7 @@ _KERNELS = {
     "planes": ((planes_forward,), (planes_backward,)),
     "resident": ((resident_forward,), (resident_backward,)),
     "cooperative": ((cooperative_forward,), (cooperative_backward,)),
+    "pipelined": ((pipelined_forward,), (pipelined_backward,)),
     "loop": ((loop_forward,), (loop_backward,)),
     "ticketed": ((ticketed_forward,), (ticketed_backward,)),
     "split": ((split_moments, split_forward), (split_gradients, split_backward)),
@@ -148,6 +152,8 @@ class Share(NamedTuple):
         constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
         if choice.kind in WAITING:
             constants["SPLITS"] = _power_of_two(choice.splits)
+        if choice.kind == "pipelined":
+            constants["launch_cooperative_grid"] = True
         if choice.registers:
             constants["maxnreg"] = choice.registers
         return constants
@@ -165,6 +171,8 @@ class Share(NamedTuple):
     def grid(self, choice: Choice) -> tuple[int, ...]:
         """Programs: blocks of channels of every rank, pieces; one axis where tickets are taken."""
         slabs = self.slabs(choice.channels)
+        if choice.kind == "pipelined":
+            return (choice.groups * choice.splits,)
         if choice.kind in WAITING:
             visits = 2 if choice.kind == "ticketed" else 1
             return (visits * slabs * choice.splits,)
@@ -229,6 +237,8 @@ def forward(
     added = None if residual is None else arrange_like(x, residual, last)
     share = describe(x, last, vt_world_size, interleaved)
     plan = _plan(share, False, added is not None, relu, select_kernel, rule.ENABLED)
+    if plan.choice.kind == "pipelined":
+        x = _in_words(x)
     y = torch.empty_like(x)
     mean = x.new_empty((vt_world_size, share.channels), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -277,6 +287,8 @@ def backward(
     relu = relu and out is None
     affine = weight, bias if relu else None
     plan = _plan(share, True, out is not None, relu, select_kernel, rule.ENABLED)
+    if plan.choice.kind == "pipelined":
+        x, dy = _in_words(x), _in_words(dy)
     rows, device = (*affine, mean, rstd), x.get_device()
     sums = torch.empty_like(mean), torch.empty_like(mean)
     totals = mean.new_empty((share.channels,)), mean.new_empty((share.channels,))
@@ -293,6 +305,11 @@ def backward(
         if plan.summing is not None:
             plan.summing(device, *sums, *totals)
     return dx, *totals, masked
+
+
+def _in_words(tensor: Tensor) -> Tensor:
+    """Return the tensor where two values can be read at once, which may be a copy."""
+    return tensor.clone() if tensor.data_ptr() % _WORD_BYTES else tensor
 
 
 def _partials(mean: Tensor, choice: Choice) -> Tensor:

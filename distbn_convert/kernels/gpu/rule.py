@@ -6,9 +6,11 @@ that were timed over ResNet-50's layers, of those that spill with neither Triton
 
 Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
 second time from L2), cut between programs in launches of their own (``"split"``), or read in one
-launch whose programs wait for others: once, held in the registers of several (``"cooperative"``),
-or gathered and applied some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says
-which of the latter two may be chosen. ``scripts/gpu_bench.py`` times all.
+launch whose programs wait for others: once, held in the registers of several (``"cooperative"``)
+or, with the next one on its way, of all that run at once (``"pipelined"``), or gathered and applied
+some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says which of the latter three may be
+chosen: pipelined ones not until a device has shown them right, and faster than what they would
+replace, 1.3 of the floor as against 1.7. ``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import NamedTuple
 __all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "select_kernel"]
 
 # Kinds whose programs wait for others, and those of them that may be chosen.
-WAITING = frozenset({"cooperative", "ticketed"})
-ENABLED = WAITING
+WAITING = frozenset({"cooperative", "pipelined", "ticketed"})
+ENABLED = frozenset({"cooperative", "ticketed"})
 # Of the GPU that the limits are for.
 MULTIPROCESSORS = 132
 
@@ -35,6 +37,8 @@ _FEW_PIECES = 16
 _WAITING_PART = 4
 # Values; a multiple of what a thread and a cache line of memory hold.
 _ALIGNMENT = 32
+# Values of 16 bits that a thread moves at once.
+_WORDS = 8
 # Fewer programs than this leave multiprocessors idle, so that a share must be cut.
 _ENOUGH_PROGRAMS = 256
 # Bytes of a share, by those of a value, which a loop finds in L2 again; values in channels_last.
@@ -55,21 +59,25 @@ _MAX_DEPTH = 64
 _LEAST_DEPTH = 16
 # Fewer tiles than this in a piece do not pay for a ticket and an arrival.
 _LEAST_TILES = 2
+# Pipelined programs, of which a multiprocessor takes one; their warps; the values that a thread
+# holds in all tensors, twice; slabs of a group, of which the first is waited for.
+_PIPELINED, _PIPELINED_WARPS, _PIPELINED_VALUES, _LEAST_SLABS = 128, 8, 128, 4
 
 
 class Choice(NamedTuple):
     """A kernel and its tile.
 
     Args:
-        kind: ``"resident"``, ``"planes"``, ``"cooperative"``, ``"loop"``, ``"ticketed"`` or
-            ``"split"``.
+        kind: ``"resident"``, ``"planes"``, ``"cooperative"``, ``"pipelined"``, ``"loop"``,
+            ``"ticketed"`` or ``"split"``.
         rows: values of a channel in one tile, a power of two; of ``"planes"`` samples.
         channels: channels in one tile, a power of two; 1 where channels are not adjacent.
         warps: warps of a program.
         splits: pieces of a share; 1 where it is not cut.
         size: rows of a piece, 0 where shares are not cut; a multiple of ``rows``, or at most that
-            for ``"cooperative"``, whose pieces are one tile.
+            for ``"cooperative"`` and ``"pipelined"``, whose pieces are one tile.
         depth: slabs between the two visits of a ``"ticketed"`` kernel, else 0.
+        groups: of programs that share the slabs of a ``"pipelined"`` kernel, else 0.
         registers: the most of a thread, so that enough programs fit on a multiprocessor; 0 for no
             limit.
     """
@@ -81,6 +89,7 @@ class Choice(NamedTuple):
     splits: int = 1
     size: int = 0
     depth: int = 0
+    groups: int = 0
     registers: int = 0
 
 
@@ -117,6 +126,9 @@ def select_kernel(
         return (
             _resident_lanes(widths, values)
             or _loop_lanes(widths, values, itemsize, backward, residual, channels, vt_world_size)
+            or _pipelined(
+                widths, values, tensors, vector, residual, channels, vt_world_size, multiprocessors
+            )
             or _ticketed(widths[2], values, itemsize, tensors, channels, vt_world_size)
             or _split(widths[0], widths[1], values, itemsize, channels, vt_world_size)
         )
@@ -238,8 +250,43 @@ def _cooperative(
                 fits = itemsize == 4 and vector > 1 and not backward and not residual
                 registers = 64 if fits else 0
                 return Choice(
-                    "cooperative", _power_of_two(size), 1, warps, splits, size, 0, registers
+                    "cooperative",
+                    _power_of_two(size),
+                    1,
+                    warps,
+                    splits,
+                    size,
+                    registers=registers,
                 )
+    return None
+
+
+def _pipelined(
+    widths: list[int],
+    values: int,
+    tensors: int,
+    vector: int,
+    residual: bool,
+    channels: int,
+    vt_world_size: int,
+    multiprocessors: int,
+) -> Choice | None:
+    """Choose the widest slabs of 16-bit values that groups of programs hold, or none."""
+    if "pipelined" not in ENABLED or vector < _WORDS or residual:
+        return None
+    if 2 * _PIPELINED * vt_world_size * channels >= 2**31:  # partial results past 32-bit offsets
+        return None
+    programs = min(multiprocessors, _PIPELINED)
+    held = 32 * _PIPELINED_WARPS * _PIPELINED_VALUES // tensors
+    for width in widths[1:]:
+        slabs = -(-channels // width) * vt_world_size
+        fits = programs // -(-values * width // held)
+        groups = min(fits, slabs // _LEAST_SLABS)
+        if groups > 0:
+            groups = _power_of_two(groups + 1) // 2
+            size = -(-values // (programs // groups))
+            splits, warps = -(-values // size), _PIPELINED_WARPS
+            return Choice("pipelined", _power_of_two(size), width, warps, splits, size, 0, groups)
     return None
 
 

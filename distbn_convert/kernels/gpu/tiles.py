@@ -36,6 +36,7 @@ __all__ = [
     "make_affine",
     "make_tile",
     "merge_lanes",
+    "multiply",
     "place",
     "positions_of",
     "reciprocal",
@@ -416,8 +417,8 @@ def differentiate(value, grad, affine, mean_dy, slope):
 
 
 @triton.jit
-def sum_products(left, right, TILE: tl.constexpr):
-    """Return ``tl.sum(left * right, 0)``.
+def multiply(left, right, TILE: tl.constexpr):
+    """Return ``left * right``, which is summed along axis 0 next.
 
     A thread that has one product alone would fuse it into the sum with its neighbour's, each its
     own, and go on with other bits than that; so that is rounded before.
@@ -426,7 +427,13 @@ def sum_products(left, right, TILE: tl.constexpr):
         product = left * right
     else:
         product = tl.fma(left, right, tl.zeros_like(left))
-    return tl.sum(product, 0)
+    return product
+
+
+@triton.jit
+def sum_products(left, right, TILE: tl.constexpr):
+    """Return ``tl.sum(left * right, 0)``."""
+    return tl.sum(multiply(left, right, TILE), 0)
 
 
 @triton.jit

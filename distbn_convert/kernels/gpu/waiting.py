@@ -1,8 +1,10 @@
-"""How programs of one launch wait for each other, in :mod:`.ticketed` and :mod:`.cooperative`.
+"""How programs of one launch wait for each other, in :mod:`.ticketed`, :mod:`.cooperative`
+and :mod:`.pipelined`.
 
 A *slab*, one rank's share of a block of channels, is cut into ``splits`` pieces. Programs take
 tickets, and a ticket's number says which piece its program works on: pieces are thereby dealt in
-the order in which programs start, and the order of ``program_id`` is not relied upon.
+the order in which programs start, and the order of ``program_id`` is not relied upon. (Those of
+:mod:`.pipelined` all run at once and need none.)
 
 Why what is read is what was written: ``sync`` holds the number of tickets taken, then one counter
 for each slab.
