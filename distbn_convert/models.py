@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from inspect import signature
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -102,7 +104,7 @@ def get_model(
 
 
 def count_batch_norms(name: str) -> int:
-    """Count the layers that :func:`get_model` would convert, without filling the model's memory.
+    """Count the layers that :func:`get_model` would convert, without memory for the model.
 
     Args:
         name: **str**, a torchvision model.
@@ -117,7 +119,8 @@ def count_batch_norms(name: str) -> int:
     builder = _builder(name)
     bare = {"weights_backbone": None, "init_weights": False}  # no download, no waiting
     kwargs = {key: value for key, value in bare.items() if key in signature(builder).parameters}
-    with _SkipInit():
+    with _OnMeta(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of first values that nobody sees
         model = builder(**kwargs)
     return len(plan_conversion(model, 1, unsupported="skip").of("convert"))
 
@@ -147,10 +150,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leave new parameters unwritten, so that the system never gives them memory.
-
-    The meta device would do, but RegNet's builder computes its widths with tensors.
-    """
+    """Leave new parameters unwritten, so that the system never gives them memory."""
 
     def __torch_function__(
         self,
@@ -166,3 +166,21 @@ class _SkipInit(TorchFunctionMode):
         if in_place and isinstance(target, nn.Parameter):
             return target
         return func(*args, **kwargs)
+
+
+class _OnMeta(_SkipInit):
+    """Make what layers are made of on the meta device, where nothing is computed.
+
+    All else is made where it was: RegNet's builder computes its widths with tensors.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return super().__torch_function__(func, types, args, kwargs)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distbn_convert import models
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
 
 from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli, torchvision_style
@@ -381,6 +382,20 @@ def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> No
         assert inspect_checkpoint(path).virtual_ranks == 2
         assert len(inspect_checkpoint(path).groups) == 20
     assert run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2).code == 6
+
+
+def test_each_model_is_listed_once_it_is_counted(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them take a while, in which nothing was to be seen."""
+
+    def count(name: str) -> int:
+        assert name != "resnet101"
+        return 7
+
+    monkeypatch.setattr(models, "count_batch_norms", count)
+    assert run_cli(capsys, "models", "resnet101", "res*").out == ""
+    assert run_cli(capsys, "models", "alexnet", "resnet101").out.split() == ["alexnet", "7"]
 
 
 def test_weights_that_cannot_be_fetched_are_told(

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distbn_convert import DistBatchNorm2d, convert_model, models, plan_conversion, revert_model
 from distbn_convert.errors import ConfigurationError, NothingToConvertError
@@ -127,6 +128,27 @@ def test_get_model_takes_torchvisions_and_the_converters_arguments() -> None:
     assert models.get_model("resnet18").bn1.vt_world_size == 8
     assert models.list_models() == torchvision.models.list_models()
     assert "resnet50" in models.list_models(include="resnet*")
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that was computed in memory."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.size = max(self.size, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("vit_b_32", 0), ("quantized_googlenet", 59), ("regnet_y_400mf", 53)]
+)
+def test_counting_computes_no_weights_and_is_quiet(name: str, count: int) -> None:
+    with Largest() as largest:
+        assert models.count_batch_norms(name) == count
+    assert largest.size < 100
 
 
 @pytest.mark.parametrize("as_text", [True, False])

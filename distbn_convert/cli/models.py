@@ -113,13 +113,13 @@ def _list(names: tuple[str, ...], as_json: bool) -> None:
             f"expected names of torchvision models, but none matches {', '.join(names)}; "
             "run the command without names to see them all."
         )
-    counts = {name: count_batch_norms(name) for name in matched}
     if as_json:
+        counts = {name: count_batch_norms(name) for name in matched}
         echo_json({"schema": 1, "command": "models", "batch_norms": counts})
         return
     width = max(map(len, matched))
-    for name, count in counts.items():
-        say(f"{name:{width}}  {count}")
+    for name in matched:  # one by one, as they all take a while
+        say(f"{name:{width}}  {count_batch_norms(name)}")
 
 
 @contextmanager
