@@ -24,6 +24,7 @@ from distbn_convert.checkpoint import (
 from distbn_convert.errors import OutputExistsError, ReadError
 
 from .checkpoints import Net, contents, load, run_cli
+from .places import restrict
 
 
 def shards(folder: Path) -> Path:
@@ -190,20 +191,28 @@ def test_a_file_that_is_written_over_while_it_is_read_is_noticed(
 
 
 @pytest.mark.parametrize("kind", ["zip", "safetensors", "accelerate", "dcp", "folder", "index"])
+@pytest.mark.parametrize("system", ["linux", "no hard links"])
 def test_what_is_written_into_the_new_checkpoint_does_not_show_in_the_backup(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saving the next state writes over files, as torch.save does."""
+    restrict(monkeypatch, system)
     source, _ = next(saved_as(kind, tmp_path / "in"))
     before = contents(tmp_path / "in")
-    for name in before if os.geteuid() == 0 else ():
-        os.chown(tmp_path / "in" / name, 12, 34)
-    convert_checkpoint(source, None, 2, in_place=True, fsync=False)
+    names = [os.path.relpath(path, tmp_path / "in") for path in (tmp_path / "in").rglob("*")]
+    for name in (".", *names):
+        if os.geteuid() == 0:
+            os.chown(tmp_path / "in" / name, 12, 34)
+        os.utime(tmp_path / "in" / name, (1e9, 1e9))
+    owner = (tmp_path / "in").stat().st_uid, (tmp_path / "in").stat().st_gid
+    convert_checkpoint(source, None, 2, in_place=True)
     assert contents(tmp_path / "in").keys() == before.keys()
+    for name in (".", *names):
+        new, old = (tmp_path / place / name for place in ("in", "in.bak"))
+        assert [(path.stat().st_uid, path.stat().st_gid) for path in (new, old)] == [owner] * 2
+        assert old.stat().st_mtime == 1e9
     for name in before:
-        new, old = tmp_path / "in" / name, tmp_path / "in.bak" / name
-        assert (new.stat().st_uid, new.stat().st_gid) == (old.stat().st_uid, old.stat().st_gid)
-        with open(new, "r+b") as file:
+        with open(tmp_path / "in" / name, "r+b") as file:
             file.write(b"written over")
     assert contents(tmp_path / "in.bak") == before
 
@@ -216,8 +225,10 @@ def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:
     (tmp_path / "in" / "outputs").symlink_to(tmp_path / "outputs")
     convert_checkpoint(tmp_path / "in", tmp_path / "outputs" / "out", 2, fsync=False)
     assert (tmp_path / "outputs" / "out" / "outputs").is_symlink()
-    convert_checkpoint(tmp_path / "in", None, 2, in_place=True, fsync=False)
-    assert all((tmp_path / name / "outputs").is_symlink() for name in ("in", "in.bak"))
+    (tmp_path / "in" / "latest").symlink_to("of a run that was removed")
+    convert_checkpoint(tmp_path / "in", None, 2, in_place=True)
+    for name in ("outputs", "latest"):
+        assert all((tmp_path / folder / name).is_symlink() for folder in ("in", "in.bak"))
 
 
 @pytest.mark.parametrize("kind", ["index", "folder", "dcp", "accelerate"])

@@ -214,6 +214,7 @@ class _Output:
             self.raw.seek(0)
             with self._open_named(0o666) as copy:
                 shutil.copyfileobj(self.raw, copy, _BUFFER)
+                take_over(copy.fileno(), os.fstat(self.raw.fileno()))
                 os.fsync(copy.fileno())
             return False
         finally:

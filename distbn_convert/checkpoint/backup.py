@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import OutputExistsError
-from .places import access_error
+from .places import access_error, take_owner
 from .rename import rename_to_free_name
 from .temporaries import new_temporary, remove_stale, remove_temporary
 
@@ -51,6 +51,9 @@ class Backup:
             original = os.stat(self.source)
             if self.source.is_dir():
                 shutil.copytree(self.source, temporary, symlinks=True, copy_function=_link_or_copy)
+                for place, _, _ in os.walk(temporary):
+                    relative = os.path.relpath(place, temporary)
+                    take_owner(place, os.stat(self.source / relative))
             else:
                 _link_or_copy(self.source, temporary)
             rename_to_free_name(temporary, self.path)
@@ -83,3 +86,6 @@ def _link_or_copy(source: str | Path, copy: str | Path) -> None:
         os.link(source, copy)
     except OSError:  # no hard links on this file system
         shutil.copy2(source, copy)
+        take_owner(copy, os.stat(source))
+        with open(copy, "r+b") as file:
+            os.fsync(file.fileno())  # soon it is all that there is of the original

@@ -14,7 +14,7 @@ from typing import IO
 from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
 from .folders import check_nothing_lost
-from .places import StrPath, access_error, take_over, told
+from .places import StrPath, access_error, take_over, take_owner, told
 from .stream import Progress, Sink, Source
 from .temporaries import is_temporary
 
@@ -99,6 +99,8 @@ def write_folder(
                 else:
                     plan.carry(name, folder, meter.of_one_file())
             for name in plan.folders:
+                if in_place:
+                    take_owner(folder / name, os.stat(plan.source / name))
                 shutil.copystat(plan.source / name, folder / name)
         yield folder
 

@@ -18,6 +18,7 @@ from .places import (
     output_place,
     stat_or_none,
     sync_folder,
+    take_owner,
     told,
 )
 from .rename import exchange, rename_to_free_name
@@ -77,6 +78,7 @@ def atomic_folder(
             yield temporary
         with told(path):
             if existing:
+                take_owner(temporary, existing)
                 os.chmod(temporary, stat.S_IMODE(existing.st_mode))
             if fsync:
                 _sync_tree(temporary)
@@ -110,9 +112,10 @@ def _body_errors(path: StrPath, temporary: Path) -> Iterator[None]:
 
 def _sync_tree(folder: Path) -> None:
     for place, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(place, name), "rb") as file:
-                os.fsync(file.fileno())
+        for path in (os.path.join(place, name) for name in names):
+            if not os.path.islink(path):  # what it leads to is not ours, and need not be there
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         sync_folder(Path(place))
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "stat_or_none",
     "sync_folder",
     "take_over",
+    "take_owner",
     "told",
 ]
 
@@ -249,7 +250,14 @@ def sync_folder(folder: Path) -> None:
 
 def take_over(descriptor: int, existing: os.stat_result) -> None:
     """Give the new file the owner and the mode of the one that it replaces."""
+    take_owner(descriptor, existing)
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))
+
+
+def take_owner(path: StrPath | int, existing: os.stat_result) -> None:
+    """Give a file or folder, or what a descriptor is of, an owner, as far as that is permitted."""
     for owner in ((existing.st_uid, -1), (-1, existing.st_gid)):
         with contextlib.suppress(PermissionError):
-            os.fchown(descriptor, *owner)
-    os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))
+            if hasattr(os, "chown"):  # Windows has none
+                os.chown(path, *owner)
