@@ -43,6 +43,10 @@ class Config(dict):  # type: ignore[type-arg]
         self.frozen = True
 
 
+class Settings(Config):
+    pass
+
+
 class Custom:
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -291,6 +295,20 @@ def test_state_dicts_in_opaque_dictionaries_are_compared_as_others(tmp_path: Pat
     content["model"]["bn.weight"] = torch.ones(3)
     with pytest.raises(VerificationError, match=r"model\.bn\.weight differs; model\.states"):
         verify_checkpoint(path, save(tmp_path / "other.pth", content), opaque=True)
+
+
+@pytest.mark.parametrize("key", ["type", "states", "x"])
+def test_objects_are_compared_whatever_tensors_are_among_their_items(
+    tmp_path: Path, key: str
+) -> None:
+    """A place of that name is among those that are compared as tensors."""
+    state = bn_state()
+    paths = [
+        save(tmp_path / cls.__name__, {"model": state, "config": cls(**{key: torch.ones(2)})})
+        for cls in (Config, Settings)
+    ]
+    with pytest.raises(VerificationError, match=r"differ: config\.type: the values differ\.$"):
+        verify_checkpoint(*paths, opaque=True)
 
 
 def test_an_object_that_is_given_its_state_twice_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ _WHOLE = (Tensor, torch.UntypedStorage, torch.storage.TypedStorage, InertGlobal,
 Parts = list[tuple[Any, Any]]
 
 
+class _Attribute(str):
+    """The name of an attribute in a path, which is not the key of that name."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Attribute) and str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return hash(("attribute", str(self)))
+
+
 def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
     """Describe the first place where two trees differ, None if there is none.
 
@@ -129,13 +141,17 @@ def _parts(node: Any) -> Parts | None:
         return list(enumerate(node))
     if isinstance(node, InertObject):
         # Items and elements at the paths that walk_mappings gives them.
-        rest = [(name, v) for name, v in vars(node).items() if name not in ("items", "elements")]
+        rest = {name: v for name, v in vars(node).items() if name not in ("items", "elements")}
         inside = [*node.items.items(), *enumerate(node.elements)]
-        return [*inside, *rest, ("type", type(node))]
+        return [*inside, *_attributes({**rest, "type": type(node)})]
     parts = list(node.items()) if isinstance(node, dict) else []
     if isinstance(node, _WHOLE) or not hasattr(node, "__dict__"):
         return parts if isinstance(node, dict) else None
-    return parts + list(vars(node).items())
+    return parts + _attributes(vars(node))
+
+
+def _attributes(values: dict[str, Any]) -> Parts:
+    return [(_Attribute(name), value) for name, value in values.items()]
 
 
 def _same_keys(parts: Parts, others: Parts) -> bool:
