@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distbn_convert.checkpoint import convert_checkpoint, verify_checkpoint
-from distbn_convert.errors import NothingToDoError, VerificationError
+from distbn_convert.errors import NothingToDoError, RefusedError, VerificationError
 
 from .checkpoints import bn_state, load, save
 
@@ -239,6 +239,64 @@ def test_objects_of_distributed_checkpoints_are_compared(tmp_path: Path) -> None
     assert report.warnings == (f"epoch and 1 more in {one} had no counterpart in {flat}.",)
     convert_checkpoint(one, tmp_path / "model.safetensors", 2, state="model", format="safetensors")
     assert verify_checkpoint(tmp_path / "model.safetensors", one, state="model").groups == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize(
+    ("rest", "place", "alone"),
+    [
+        ({"rng": [torch.zeros(2), torch.ones(2)]}, "rng.1", None),
+        ({"ema": None}, "ema.bn.weight", None),
+        ({"groups": [{"a": torch.ones(2)}, [[torch.ones(2), 3]]]}, "groups.1.0.0", "groups.1.0.1"),
+        ({"groups": [{"lr": 0.1, "params": [0, 1]}], "x": torch.ones(2)}, "x", "groups.0.lr and 1"),
+    ],
+)
+def test_a_file_and_a_distributed_checkpoint_hold_the_same(
+    tmp_path: Path, rest: dict[str, Any], place: str, alone: str | None
+) -> None:
+    """Lists have a name for each tensor there, and what is one object under two keys is twice."""
+    model = bn_state()
+    content = {"model": model, **{k: model if v is None else v for k, v in rest.items()}}
+    files = save(tmp_path, content), dcp_save(tmp_path / "in", content)
+    for pair in (files, files[::-1]):
+        report = verify_checkpoint(*pair)
+        assert (report.groups, report.largest_difference) == (2 if "ema" in rest else 1, 0)
+        assert len(report.warnings) == (2 if alone else 0)
+        assert all(line.startswith(f"{alone}") for line in report.warnings)
+    content = copy.deepcopy(content)
+    node: Any = content
+    for key in place.split(".", 1 + 9 * ("ema" not in place)):
+        node = node[int(key) if isinstance(node, list) else key]
+    node.add_(1)
+    with pytest.raises(VerificationError, match=rf"differ: .*{place} differs"):
+        verify_checkpoint(save(tmp_path, content, "other.pth"), files[1])
+
+
+@pytest.mark.parametrize("keys", [("a", "b"), ("b", "a")])
+def test_what_a_flat_file_lacks_of_a_shared_state_dict_is_told(
+    tmp_path: Path, keys: tuple[str, str]
+) -> None:
+    model = bn_state()
+    path = save(tmp_path, dict.fromkeys(keys, model))
+    both = {f"{key}.{name}": value.clone() for key in keys for name, value in model.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    assert verify_checkpoint(path, tmp_path / "both.safetensors").groups == 2
+    save_file({n: t for n, t in both.items() if n[0] == "a"}, tmp_path / "one.safetensors")
+    with pytest.raises(VerificationError, match=r"the BatchNorm b\.bn is in the first alone"):
+        verify_checkpoint(path, tmp_path / "one.safetensors")
+
+
+def test_what_is_shared_ever_more_often_is_not_spelled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distbn_convert.checkpoint.tree._MOST_PLACES", 1000)
+    tree: Any = bn_state()
+    save_file(bn_state(), tmp_path / "flat.safetensors")
+    for _ in range(10):
+        tree = {"a": tree, "b": tree, "c": [1]}
+    tree["c"].append(tree)  # a cycle
+    with pytest.raises(RefusedError, match="shared objects in more than 1,000 places, too many"):
+        verify_checkpoint(save(tmp_path, tree), tmp_path / "flat.safetensors")
 
 
 def test_what_one_format_alone_can_hold_is_told(tmp_path: Path) -> None:

@@ -125,8 +125,11 @@ class Side:
         """Yield where there is something else than tensors and mappings."""
         yield from self.objects
         if isinstance(self.store, TreeStore):
-            for path, mapping in self.store.mapping_objects.items():
-                yield from ((path, key) for key, node in mapping.items() if _is_other(node))
+            mappings = self.store.mapping_objects
+            for path, mapping in mappings.items():
+                for key, node in mapping.items():
+                    if (*path, key) not in mappings and _is_other(node):
+                        yield path, key
 
 
 def _is_other(node: Any) -> bool:

@@ -19,7 +19,7 @@ from .spread import largest_count
 from .stores import Mappings, Place, Progress, ReadOptions, WriteOptions, read_back_error
 from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
-from .tree import specs_of, walk_leaves, walk_mappings
+from .tree import specs_of, spell_out, walk_leaves, walk_mappings
 from .zipcopy import checksums_beside, plan_copy
 
 __all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
@@ -40,7 +40,7 @@ class TreeStore:
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
-        self._mappings = dict(walk_mappings(file.tree, options.state))
+        self._mappings: dict[tuple[Any, ...], Any] = dict(walk_mappings(file.tree, options.state))
         self._in_objects: list[tuple[tuple[Any, ...], MutableMapping[Any, Any]]] = []
         if options.opaque:
             known = {id(mapping) for mapping in self._mappings.values()}
@@ -71,6 +71,10 @@ class TreeStore:
     def mapping_objects(self) -> dict[tuple[Any, ...], MutableMapping[Any, Any]]:
         """The dictionaries of the tree, by their paths."""
         return self._mappings
+
+    def spell_out(self, lists: bool) -> None:
+        """Describe mappings that are shared at each of their paths, and lists as mappings."""
+        self._mappings = dict(spell_out(self.tree, lists))
 
     def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
         """Return one tensor of a mapping."""

@@ -12,13 +12,14 @@ from ..errors import RefusedError
 from .groups import TensorSpec, key_name
 from .opaque import InertObject
 
-__all__ = ["node_at", "spec_of", "specs_of", "walk_leaves", "walk_mappings"]
+__all__ = ["node_at", "spec_of", "specs_of", "spell_out", "walk_leaves", "walk_mappings"]
 
 Path = tuple[Any, ...]
 # A path that nobody has asked for: the way to the node above, and a key there.
 _Way = tuple["_Way", Any] | None
 # Keys that lead to a mapping, each of which keeps them all.
 _DEEPEST = 1000
+_MOST_PLACES = 1_000_000  # of containers; those that are shared can be at ever more
 
 
 def walk_mappings(
@@ -63,6 +64,52 @@ def walk_mappings(
                 )
             yield path, node
         stack.extend((path, (way, key), value) for key, value in reversed(children))
+
+
+def spell_out(tree: Any, lists: bool) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
+    """Yield each mapping of a nested tree at each of its paths, as formats have it without objects.
+
+    Args:
+        tree: what was loaded.
+        lists: give lists that hold tensors or mappings as mappings by number, as
+            ``torch.distributed.checkpoint`` has them.
+
+    Raises:
+        RefusedError: what is shared is in more places than can be looked at.
+    """
+    places = 0
+    stack: list[tuple[Path, Any, frozenset[int]]] = [((), tree, frozenset())]
+    while stack:
+        path, node, above = stack.pop()
+        children = list(_children(node))
+        if id(node) in above or not (children or isinstance(node, dict)):
+            continue
+        places += 1
+        if places > _MOST_PLACES:
+            raise RefusedError(
+                f"the checkpoint has shared objects in more than {_MOST_PLACES:,} places, too many "
+                "to compare with another format; save its state dict alone."
+            )
+        if isinstance(node, (dict, InertObject)):
+            yield path, node.items if isinstance(node, InertObject) else node
+        elif lists and _is_spelled_out(node):
+            yield path, dict(enumerate(node))
+        above |= {id(node)}
+        stack.extend(((*path, key), value, above) for key, value in reversed(children))
+
+
+def _is_spelled_out(node: Any) -> bool:
+    """Whether a list holds tensors or mappings, or lists that do."""
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, (Tensor, dict)):
+            return True
+        if isinstance(part, list) and id(part) not in seen:
+            seen.add(id(part))
+            stack.extend(part)
+    return False
 
 
 def _keys(way: _Way) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -13,7 +12,8 @@ from .options import Options
 from .places import StrPath, as_path
 from .report import VerifyReport
 from .side import Side
-from .stores import open_store
+from .stores import Store, open_store
+from .torchstore import TreeStore
 
 __all__ = ["verify_checkpoint"]
 
@@ -57,7 +57,13 @@ def verify_checkpoint(
     chosen = Options(**options)
     path = as_path(src)
     checksums = check_checksums(path)
-    side = _open(path, chosen)
+    stores = [open_store(path, chosen.reading)]
+    if against is not None:
+        second = as_path(against)
+        check_checksums(second)
+        stores.append(open_store(second, chosen.reading))
+        _spell_out(*stores)
+    side = Side(path, stores[0], chosen.selection)
     report = VerifyReport(file_info(path, side.store.format, chosen.sha256), checksums=checksums)
     report.groups = len(side.groups)
     warnings = side.warnings
@@ -69,9 +75,7 @@ def verify_checkpoint(
                 f"{src} has no checksums ({side.store.format}); its structure was checked."
             )
     else:
-        second = as_path(against)
-        check_checksums(second)
-        other = _open(second, chosen)
+        other = Side(second, stores[1], chosen.selection)
         if chosen.state is not None and side.state is other.state is None:
             raise side.lacks(chosen.state)
         report.against = file_info(second, other.store.format, chosen.sha256)
@@ -83,5 +87,8 @@ def verify_checkpoint(
     return report
 
 
-def _open(path: Path, options: Options) -> Side:
-    return Side(path, open_store(path, options.reading), options.selection)
+def _spell_out(first: Store, second: Store) -> None:
+    """Have a file of torch name its tensors as the other format does."""
+    for store, other in ((first, second), (second, first)):
+        if isinstance(store, TreeStore) and not isinstance(other, TreeStore):
+            store.spell_out(lists=other.format == "dcp")
