@@ -169,6 +169,10 @@ EXPORT = ["models", "export", "resnet18", "-", "--vt-world-size", "2"]
         (["revert", "plain.pth", "-"], 3),
         (EXPORT, 0),
         ([*EXPORT[:2], "no_such_model", *EXPORT[3:]], 2),
+        (["convert", "plain.pth", "-", "--vt-world-size", "two"], 2),
+        (["convert", "--vt-world-siez=2", "plain.pth", "-"], 2),
+        (["gather", "plain.pth", "plain.pth", "-", "--reduction", "max"], 2),
+        (EXPORT[:4], 2),
     ],
 )
 @pytest.mark.parametrize("json_too", [True, False])
@@ -197,6 +201,11 @@ def test_nothing_is_told_where_a_checkpoint_goes(
         data.seek(0)
         assert len(torch.load(data)) > 0
         assert json_too or done.err.splitlines()[-1].startswith(("converted", "gathered", "wrote"))
+
+
+def test_wrong_usage_is_told_on_stdout_if_nothing_else_goes_there(capsys: Any) -> None:
+    for command in (["convert", "-", "out"], ["revert", "a", "b", "c", "-"], ["inspect", "-", "a"]):
+        assert run_cli(capsys, *command, "--json").json["error"]["exit_code"] == 2
 
 
 def test_the_standard_input_cannot_be_written_in_place(capsys: Any) -> None:

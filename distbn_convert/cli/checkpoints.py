@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import (
+    Writing,
     in_place_options,
     output_options,
     ratio_option,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "gather", "inspect", "revert", "verify"]
 
 
-@click.command()
+@click.command(cls=Writing)
 @click.argument("src")
 @click.argument("dst", required=False)
 @click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
@@ -54,7 +55,7 @@ def convert(src: str, dst: str | None, vt_world_size: int, **options: Any) -> No
     _write([src], dst, run, "converted", options)
 
 
-@click.command()
+@click.command(cls=Writing)
 @click.argument("src")
 @click.argument("dst", required=False)
 @click.option(
@@ -130,7 +131,7 @@ def inspect(src: str, plot: str | None, **options: Any) -> None:
         say(line)
 
 
-@click.command()
+@click.command(cls=Writing)
 @click.argument("srcs", nargs=-1, required=True)
 @click.argument("dst")
 @click.option(
@@ -214,11 +215,11 @@ def verify(src: str, against: str | None, tolerance: float, **options: Any) -> N
 class _Talk:
     """What the user wants to hear; takes its options out of those of the library.
 
-    Errors under ``--json`` name the input, and leave stdout to an output that goes there.
+    Errors under ``--json`` name the input.
     """
 
-    def __init__(self, options: dict[str, Any], src: str, dst: str | None = None) -> None:
-        click.get_current_context().obj.update(path=src, dst=dst)
+    def __init__(self, options: dict[str, Any], src: str) -> None:
+        click.get_current_context().obj.update(path=src)
         self.json: bool = options.pop("as_json")
         self.quiet: bool = options.pop("quiet")
         self.verbose: bool = options.pop("verbose")
@@ -238,7 +239,7 @@ def _write(
     options: dict[str, Any],
 ) -> None:
     """Run a command that writes, with its streams, progress and report."""
-    talk = _Talk(options, srcs[0], dst)
+    talk = _Talk(options, srcs[0])
     force = options.pop("force")
     options.update(overwrite=force, allow_compressed=force)
     in_place = options.get("in_place", False)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from ..errors import FileAccessError
-from .options import json_option, no_color
+from .options import Writing, json_option, no_color
 from .streams import echo_json, output_path, say
 
 __all__ = ["models"]
@@ -61,7 +61,7 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
     _list(names, as_json)
 
 
-@models.command()
+@models.command(cls=Writing)
 @click.argument("name")
 @click.argument("dst")
 @click.option("--vt-world-size", type=int, required=True, help="Number of virtual ranks V.")
@@ -79,7 +79,6 @@ def export(
         $ distbn-convert models export resnet18 resnet18.pth --vt-world-size 8
         wrote resnet18 with 8 virtual ranks to resnet18.pth
     """
-    click.get_current_context().obj.update(dst=dst)
     from ..checkpoint import inspect_checkpoint, save_state_dict
     from ..models import get_model
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 __all__ = [
+    "Writing",
     "in_place_options",
     "json_option",
     "no_color",
@@ -19,6 +21,18 @@ __all__ = [
 ]
 
 Command = Callable[..., Any]
+
+
+class Writing(click.Command):
+    """A command with an output DST, which an error must leave stdout to if it is ``-``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note DST before click looks at what may be wrong."""
+        known = {"--", *(name for param in self.get_params(ctx) for name in param.opts)}
+        words = [a for a in args if not a.startswith("--") or a.partition("=")[0] in known]
+        with contextlib.suppress(click.UsageError):
+            ctx.obj["dst"] = self.make_parser(ctx).parse_args(words)[0].get("dst")
+        return super().parse_args(ctx, args)
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
