@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbn_convert.checkpoint.atomic import atomic_output, same_file
+from distbn_convert.checkpoint.atomic import atomic_folder, atomic_output, same_file
 from distbn_convert.checkpoint.places import human_size
 from distbn_convert.checkpoint.temporaries import new_temporary
 from distbn_convert.errors import FileAccessError, OutputExistsError
@@ -69,6 +69,20 @@ def test_an_overwritten_file_keeps_its_mode_and_owner(tmp_path: Path, old_mode: 
         before.st_gid,
     )
     assert names(tmp_path) == ["a"]
+
+
+def test_a_system_without_owners_replaces_files_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, where Python has none of these."""
+    for name in ("chown", "fchown", "fchmod"):
+        monkeypatch.delattr(os, name)
+    for _ in range(2):
+        with atomic_output(tmp_path / "a", overwrite=True) as file:
+            file.write(b"new")
+        with atomic_folder(tmp_path / "folder", overwrite=True) as folder:
+            (folder / "b").touch()
+    assert names(tmp_path) == ["a", "folder"]
 
 
 def test_what_was_written_can_be_read_back_before_it_is_published(tmp_path: Path, way: str) -> None:

@@ -451,17 +451,21 @@ IMPORTING = (  # a signal to itself in the middle of an import, in code that mus
     "            except BaseException:\n"
     "                os.abort()\n"
     "sys.meta_path.insert(0, Finder())\n"
+    "for name in sys.argv.pop().split(): delattr(signal, name)\n"
     "signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)\n"
     "sys.exit(command_line(sys.argv[1:-1]))"
 )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_waits_until_an_import_is_over(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("lacking", ["", "SIGHUP SIGALRM setitimer"], ids=["posix", "windows"])
+def test_a_signal_waits_until_an_import_is_over(
+    tmp_path: Path, number: signal.Signals, lacking: str
+) -> None:
     """Torch's C++ ends the process if its calls into Python raise there."""
     source = make_source(tmp_path, "torch", megabytes=1)
     options = ["convert", source, tmp_path / "out", "--vt-world-size", "4", str(int(number))]
-    command = [sys.executable, "-c", IMPORTING, *options]
+    command = [sys.executable, "-c", IMPORTING, *options, lacking]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     ended = Ended(done.returncode, done.stdout, done.stderr)
     assert (ended.status, ended.lines) == (STATUS[number], 1), ended

@@ -184,7 +184,7 @@ def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
 
 def _why_not(folder: Path) -> OSError:
     """Say why a folder may not be written to, as writing would."""
-    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
     return OSError(errno.EROFS if read_only else errno.EACCES, "")
 
 

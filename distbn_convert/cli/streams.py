@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +42,8 @@ __all__ = [
     "to_stdout",
 ]
 
-# Windows has neither SIGHUP nor SIGALRM.
-_HANGUP, _ALARM = (getattr(signal, name, None) for name in ("SIGHUP", "SIGALRM"))
-_STOPPING = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
+_SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, _SIGHUP) if number is not None]
 _COLORS = {"Error": "red", "Warning": "yellow"}
 _spools: list[str] = []  # paths of copies of the standard streams
 
@@ -77,7 +78,7 @@ def catch_signals() -> None:
     _stopped_by.clear()
     with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
         for number in _STOPPING:
-            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number != _SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, stop)
         sys.unraisablehook = _raise_later
 
@@ -88,7 +89,7 @@ def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
     What imported the program itself does not count.
     """
     while frame is not None and frame.f_globals.get("__name__") != __package__:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap" and _ALARM:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
             _wait()
             return
         frame = frame.f_back
@@ -97,15 +98,19 @@ def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
 
 def _raise_later(lost: Any) -> None:
     """Raise a signal again that came where Python cannot raise, such as in a weakref's callback."""
-    if _ALARM and any(lost.exc_value is stop for stop in _stopped_by):
+    if any(lost.exc_value is stop for stop in _stopped_by):
         _wait()
     else:
         sys.__unraisablehook__(lost)
 
 
 def _wait() -> None:
-    signal.signal(signal.SIGALRM, _raise_or_wait)
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _raise_or_wait)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:  # Windows
+        signal.signal(signal.SIGINT, _raise_or_wait)
+        threading.Timer(0.01, _thread.interrupt_main).start()
 
 
 def ignore_signals() -> None:
@@ -114,8 +119,8 @@ def ignore_signals() -> None:
     with contextlib.suppress(ValueError):
         for number in _STOPPING:
             signal.signal(number, signal.SIG_IGN)
-        if _ALARM:
-            signal.signal(_ALARM, signal.SIG_IGN)
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
