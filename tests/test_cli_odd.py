@@ -118,6 +118,24 @@ def test_text_from_a_file_cannot_steer_the_terminal(capsys: Any, tmp_path: Path)
         assert all(line.isprintable() for line in (done.out + done.err).split("\n")), args
 
 
+def test_the_table_of_inspect_tells_all_that_it_knows(capsys: Any, tmp_path: Path) -> None:
+    virtual = {"running_mean": torch.tensor([[1.0], [3.0]]), "running_var": torch.ones(2, 1)}
+    plain = {"running_mean": torch.zeros(12), "running_var": torch.full((12,), float("inf"))}
+    tree = {"a": virtual, "long.name": plain, "other": dict(plain), "object": Net}
+    torch.save(tree, tmp_path / "in.pth")
+    done = run_cli(capsys, "inspect", tmp_path / "in.pth", "--opaque", "--exclude", "other")
+    assert done.out.splitlines()[1:] == [
+        "layer       C    dtype  batches  V          means    variances",
+        "a           1  float32        -  2  1.000 (1.000)  0.0% (0.0%)",
+        "long.name  12  float32        -  -              -            -  12 not finite",
+        "other      12  float32        -  -              -            -  "
+        "skipped: matched by --exclude  12 not finite",
+        "means, variances: standard deviation over the ranks, at the median (worst) channel;",
+        "of means in standard deviations of the channel, of variances relative to it",
+        "Python objects, not executed: tests.checkpoints.Net",
+    ]
+
+
 def test_a_rank_without_select_is_a_usage_error(capsys: Any, tmp_path: Path) -> None:
     torch.save(Net().state_dict(), tmp_path / "in.pth")
     convert_checkpoint(tmp_path / "in.pth", tmp_path / "v.pth", 4)

@@ -88,7 +88,7 @@ class Group:
         """
         if fnmatchcase(self.name, glob):
             return True
-        named = bool(self.path) and glob.startswith(key_name(self.path[0]) + ".")
+        named = bool(self.path) and f"{glob}.".startswith(key_name(self.path[0]) + ".")
         return named and fnmatchcase(self.full_name, glob)
 
     @property
