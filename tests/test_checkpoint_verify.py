@@ -249,6 +249,7 @@ def test_objects_of_distributed_checkpoints_are_compared(tmp_path: Path) -> None
         ({"ema": None}, "ema.bn.weight", None),
         ({"groups": [{"a": torch.ones(2)}, [[torch.ones(2), 3]]]}, "groups.1.0.0", "groups.1.0.1"),
         ({"groups": [{"lr": 0.1, "params": [0, 1]}], "x": torch.ones(2)}, "x", "groups.0.lr and 1"),
+        ({"pair": ([torch.ones(2)], {"a": torch.ones(2)}, 3), "x": torch.ones(2)}, "x", "pair"),
     ],
 )
 def test_a_file_and_a_distributed_checkpoint_hold_the_same(
@@ -297,6 +298,17 @@ def test_what_is_shared_ever_more_often_is_not_spelled_out(
     tree["c"].append(tree)  # a cycle
     with pytest.raises(RefusedError, match="shared objects in more than 1,000 places, too many"):
         verify_checkpoint(save(tmp_path, tree), tmp_path / "flat.safetensors")
+
+
+def test_many_objects_that_are_not_shared_are_spelled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the names and labels of a data set are."""
+    monkeypatch.setattr("distbn_convert.checkpoint.tree._MOST_PLACES", 10)
+    model, samples = bn_state(), [(str(number), number) for number in range(20)]
+    save_file(model, tmp_path / "flat.safetensors")
+    path = save(tmp_path, {"model": model, "samples": samples})
+    assert verify_checkpoint(path, tmp_path / "flat.safetensors", state="model").groups == 1
 
 
 def test_what_one_format_alone_can_hold_is_told(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Path = tuple[Any, ...]
 _Way = tuple["_Way", Any] | None
 # Keys that lead to a mapping, each of which keeps them all.
 _DEEPEST = 1000
-_MOST_PLACES = 1_000_000  # of containers; those that are shared can be at ever more
+_MOST_PLACES = 1_000_000  # of containers that are shared, which can be at ever more
 
 
 def walk_mappings(
@@ -71,20 +71,22 @@ def spell_out(tree: Any, lists: bool) -> Iterator[tuple[Path, MutableMapping[Any
 
     Args:
         tree: what was loaded.
-        lists: give lists that hold tensors or mappings as mappings by number, as
-            ``torch.distributed.checkpoint`` has them.
+        lists: give lists that hold tensors or mappings as mappings by number, and look into no
+            tuple, as ``torch.distributed.checkpoint`` does.
 
     Raises:
         RefusedError: what is shared is in more places than can be looked at.
     """
     places = 0
+    seen: set[int] = set()
     stack: list[tuple[Path, Any, frozenset[int]]] = [((), tree, frozenset())]
     while stack:
         path, node, above = stack.pop()
-        children = list(_children(node))
+        children = [] if lists and isinstance(node, tuple) else list(_children(node))
         if id(node) in above or not (children or isinstance(node, dict)):
             continue
-        places += 1
+        places += id(node) in seen
+        seen.add(id(node))
         if places > _MOST_PLACES:
             raise RefusedError(
                 f"the checkpoint has shared objects in more than {_MOST_PLACES:,} places, too many "
