@@ -134,6 +134,7 @@ class _Watcher:
 
     def __init__(self, layer: Any, buffers: dict[str, Tensor]) -> None:
         self.layer, self.buffers = layer, buffers
+        self.shape: torch.Size | None = None  # of what is normalised, until it is added
         self.saved = {name: buffer.clone() for name, buffer in buffers.items()}
         self.ranks = getattr(layer, "vt_world_size", 1)
         mean = buffers["running_mean"]
@@ -168,7 +169,9 @@ class _Watcher:
         self.count = None if count is None else count.clone()
 
     def after(self, *_: Any) -> None:
-        """Add this batch, rank by rank."""
+        """Add this batch, rank by rank, unless that was done inside."""
+        if self.shape is None:
+            return
         values, mean, _deviations = self.moments
         samples = values.new_tensor(share_sizes(self.shape[0], self.ranks))
         seen = values.new_ones(len(values) // self.ranks, self.ranks)
@@ -179,13 +182,13 @@ class _Watcher:
         new_var = self.buffers["running_var"].to(mean).view_as(mean)
         new = (batch, new_mean, new_var * (batch - 1).clamp(min=0))  # undoes Bessel's correction
         self.moments = merge_moments(*map(torch.stack, zip(self.moments, new, strict=True)))
+        self.shape = None
 
     def attach(self, stack: ExitStack) -> None:
         """Watch until the stack is closed."""
-        if isinstance(self.layer, DistBatchNormMixin):  # all its classes call this
+        if isinstance(self.layer, DistBatchNormMixin):
             self.layer.normalize = self.normalize  # type: ignore[method-assign]
             stack.callback(delattr, self.layer, "normalize")
-            return
         self.layer._check_input_dim = self.check_input_dim
         stack.callback(delattr, self.layer, "_check_input_dim")
         for handle in (

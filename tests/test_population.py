@@ -23,6 +23,7 @@ from distbn_convert.errors import (
     NothingToConvertError,
     UnsupportedModuleError,
 )
+from distbn_convert.functional import dist_batch_norm
 
 from . import calibrated, ddp
 from .calibrated import make_batches
@@ -124,6 +125,35 @@ def test_what_a_block_normalises_without_the_layers_forward_is_measured() -> Non
     torch.testing.assert_close(model.norm.running_mean[1], mean, **CLOSE)
     torch.testing.assert_close(model.norm.running_var[1], var, **CLOSE)
     assert "normalize" not in vars(model.norm)
+
+
+class Folded(DistBatchNorm1d):
+    """Normalises the positions of its input by fewer channels."""
+
+    def normalize(self, input: Tensor, *args: Any) -> Tensor:
+        folded = input.reshape(len(input), self.num_features, -1)
+        return super().normalize(folded, *args).view_as(input)
+
+
+class OfItsOwn(DistBatchNorm2d):
+    """Calls the operation and no method of the layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        ranks = {"vt_world_size": self.vt_world_size, "momentum": self.momentum}
+        return dist_batch_norm(input, *statistics, self.num_batches_tracked, **ranks)
+
+
+@pytest.mark.parametrize(("cls", "channels"), [(Folded, 2), (OfItsOwn, 4)])
+def test_layers_with_ways_of_their_own_to_normalise_are_measured(cls: Any, channels: int) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 4, size, size, dtype=torch.float64) * size for size in (2, 2, 4)]
+    layer = cls(channels, vt_world_size=2, dtype=torch.float64)
+    recalibrate(layer, batches, pooled=True)
+    folded = torch.cat([batch.reshape(4, channels, -1).transpose(1, 2) for batch in batches], 1)
+    var, mean = torch.var_mean(folded, (0, 1), correction=0)
+    torch.testing.assert_close(layer.running_mean, mean.expand(2, channels), **CLOSE)
+    torch.testing.assert_close(layer.running_var, var.expand(2, channels), **CLOSE)
 
 
 def test_micro_steps_go_to_their_own_rows() -> None:
