@@ -96,7 +96,11 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         self.partition = partition
         self.accumulation_steps = accumulation_steps
         self.epoch = 0
-        self.sampler = self  # where Lightning and others look for set_epoch
+
+    @property
+    def sampler(self) -> VirtualDistributedSampler:
+        """Itself: where Lightning and others look for ``set_epoch``."""
+        return self
 
     @property
     def num_ranks(self) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -96,6 +98,16 @@ def test_it_drives_a_data_loader() -> None:
     loader = DataLoader(list(range(10)), batch_sampler=sampler)
     assert [batch.tolist() for batch in loader] == [[0, 2, 1, 3], [4, 6, 5, 7], [8, 9]]
     assert len(loader) == 3
+
+
+def test_it_is_freed_at_once_and_a_copy_is_told_the_epoch() -> None:
+    """With the data set, which may fill the memory."""
+    sampler = VirtualDistributedSampler(range(40), 5, 4)
+    copied: Any = copy.copy(sampler)
+    assert copied.sampler is copied
+    freed = weakref.ref(sampler)
+    del sampler
+    assert freed() is None
 
 
 def test_a_framework_tells_it_the_epoch() -> None:

@@ -99,7 +99,9 @@ class VirtualRanks(Callback):
             if trainer.training and isinstance(loader, DataLoader):
                 loader = self.deal(loader)
                 if trainer.overfit_batches:  # wants the same batches in each epoch
-                    loader.batch_sampler.sampler = None  # type: ignore[union-attr]
+                    batches = copy.copy(loader.batch_sampler)
+                    vars(batches)["set_epoch"] = None
+                    loader = _with_batches(loader, batches)
             return process(loader)
 
         trainer.strategy.process_dataloader = deal
@@ -119,7 +121,6 @@ class VirtualRanks(Callback):
                     f"expected a VirtualDistributedSampler for the ranks of the layers, {ranks}, "
                     f"but got one for {given}; make the loader anew for the former."
                 )
-            batches.sampler = batches  # overfitting took it away
             return loader
         _raise_unless_dealable(loader)
         sampler: Any = VirtualDistributedSampler(
@@ -130,16 +131,13 @@ class VirtualRanks(Callback):
             drop_last_batch=loader.drop_last,
             **ranks,
         )
-        # A new one would need the arguments of a class of yours, which it need not have kept.
-        dealt = copy.copy(loader)
-        vars(dealt).update(
-            batch_sampler=sampler,
+        return _with_batches(
+            loader,
+            sampler,
             sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
             batch_size=None,
             drop_last=False,
-            _iterator=None,
         )
-        return dealt
 
     @contextmanager
     def reverted(
@@ -178,6 +176,14 @@ class VirtualRanks(Callback):
                     layer._buffers[name] = buffer.to(layer._buffers[name])
             for module, removed in zip(modules, hooks, strict=True):
                 module._load_state_dict_pre_hooks.update(removed)
+
+
+def _with_batches(loader: DataLoader[Any], batches: Any, **others: Any) -> DataLoader[Any]:
+    """Return a copy of the loader, with other batches."""
+    # A new one would need the arguments of a class of yours, which it need not have kept.
+    copied = copy.copy(loader)
+    vars(copied).update(batch_sampler=batches, _iterator=None, **others)
+    return copied
 
 
 def _raise_unless_dealable(loader: DataLoader[Any]) -> None:

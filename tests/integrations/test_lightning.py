@@ -183,6 +183,9 @@ def test_overfitting_sees_the_same_batch_in_each_epoch(given: bool) -> None:
     batch = module.trained[0]
     assert module.trained == [batch] * 3
     assert given or batch == [rank + 4 * sample for rank in range(4) for sample in range(4)]
+    if given:  # and is yours as before
+        fit(module, None, loader, epochs=2)
+        assert module.trained[3:7] != module.trained[7:]
 
 
 def test_a_sampler_of_yours_is_told_the_epoch() -> None:
