@@ -71,12 +71,20 @@ def test_an_overwritten_file_keeps_its_mode_and_owner(tmp_path: Path, old_mode: 
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.EINVAL, errno.ENOSYS])
 def test_a_system_without_owners_replaces_files_and_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
 ) -> None:
-    """Windows, where Python has none of these."""
+    """Windows, where Python has none of these; user namespaces without that owner; FUSE."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(error, "no such owner here")
+
     for name in ("chown", "fchown", "fchmod"):
-        monkeypatch.delattr(os, name)
+        if error is None:
+            monkeypatch.delattr(os, name)
+        elif name != "fchmod":
+            monkeypatch.setattr(os, name, refuse)
     for _ in range(2):
         with atomic_output(tmp_path / "a", overwrite=True) as file:
             file.write(b"new")

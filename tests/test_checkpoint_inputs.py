@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from distbn_convert.checkpoint import (
+    backup,
     convert_checkpoint,
     edit,
     gather,
@@ -214,6 +217,26 @@ def test_what_is_written_into_the_new_checkpoint_does_not_show_in_the_backup(
     for name in before:
         with open(tmp_path / "in" / name, "r+b") as file:
             file.write(b"written over")
+    assert contents(tmp_path / "in.bak") == before
+
+
+def test_files_that_may_only_be_read_are_kept_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As caches have them; root may write to them all the same."""
+    restrict(monkeypatch, "no hard links")
+
+    def open_as_user(path: str, mode: str) -> IO[Any]:
+        if mode != "rb" and not os.stat(path).st_mode & stat.S_IWUSR:
+            raise PermissionError(errno.EACCES, "may only be read", path)
+        return open(path, mode)
+
+    monkeypatch.setattr(backup, "open", open_as_user, raising=False)
+    source, _ = next(saved_as("folder", tmp_path / "in"))
+    before = contents(tmp_path / "in")
+    for name in before:
+        (tmp_path / "in" / name).chmod(0o444)
+    convert_checkpoint(source, None, 2, in_place=True)
     assert contents(tmp_path / "in.bak") == before
 
 

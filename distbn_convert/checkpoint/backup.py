@@ -87,5 +87,5 @@ def _link_or_copy(source: str | Path, copy: str | Path) -> None:
     except OSError:  # no hard links on this file system
         shutil.copy2(source, copy)
         take_owner(copy, os.stat(source))
-        with open(copy, "r+b") as file:
+        with open(copy, "rb") as file:
             os.fsync(file.fileno())  # soon it is all that there is of the original

@@ -256,8 +256,8 @@ def take_over(descriptor: int, existing: os.stat_result) -> None:
 
 
 def take_owner(path: StrPath | int, existing: os.stat_result) -> None:
-    """Give a file or folder, or what a descriptor is of, an owner, as far as that is permitted."""
+    """Give a file or folder, or what a descriptor is of, an owner, as far as the system can."""
     for owner in ((existing.st_uid, -1), (-1, existing.st_gid)):
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):  # not permitted, not in this namespace, no owners
             if hasattr(os, "chown"):  # Windows has none
                 os.chown(path, *owner)
