@@ -171,6 +171,8 @@ EXPORT = ["models", "export", "resnet18", "-", "--vt-world-size", "2"]
         ([*EXPORT[:2], "no_such_model", *EXPORT[3:]], 2),
         (["convert", "plain.pth", "-", "--vt-world-size", "two"], 2),
         (["convert", "--vt-world-siez=2", "plain.pth", "-"], 2),
+        (["convert", "plain.pth", "-", "-z"], 2),
+        (["convert", "plain.pth", "-", "--quiet=yes"], 2),
         (["gather", "plain.pth", "plain.pth", "-", "--reduction", "max"], 2),
         (EXPORT[:4], 2),
     ],

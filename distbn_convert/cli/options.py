@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +29,10 @@ class Writing(click.Command):
         """Note DST before click looks at what may be wrong."""
         known = {"--", *(name for param in self.get_params(ctx) for name in param.opts)}
         words = [a for a in args if not a.startswith("--") or a.partition("=")[0] in known]
-        with contextlib.suppress(click.UsageError):
-            ctx.obj["dst"] = self.make_parser(ctx).parse_args(words)[0].get("dst")
+        try:
+            ctx.obj["dst"] = self.make_parser(ctx).parse_args([*words])[0].get("dst")
+        except click.UsageError:  # such as a value that is missing: "-" may be DST if not SRC
+            ctx.obj["dst"] = "-" if "-" in words[1:] else None
         return super().parse_args(ctx, args)
 
 
