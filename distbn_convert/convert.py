@@ -252,8 +252,8 @@ def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str
         if isinstance(child, DistBatchNormMixin):
             for name in names:
                 # Torch's wrapper for activation checkpointing takes its name out of the keys.
-                name = name.replace("_checkpoint_wrapped_module.", "")
-                child.check_state_dict(state_dict, f"{prefix}{name}." if name else prefix)
+                path = f"{name}.".replace("_checkpoint_wrapped_module.", "") if name else ""
+                child.check_state_dict(state_dict, prefix + path)
 
 
 def _check_hooks(module: nn.Module) -> list[int]:

@@ -296,10 +296,11 @@ def test_checkpoint_with_other_ranks_is_refused_before_anything_is_loaded() -> N
         assert not any(revert_model(model)._load_state_dict_pre_hooks)
 
 
-def test_checkpointed_blocks_are_checked_before_anything_is_loaded() -> None:
+@pytest.mark.parametrize("kind", [nn.Sequential, DistBatchNorm2d])
+def test_checkpointed_blocks_are_checked_before_anything_is_loaded(kind: type) -> None:
     model = convert_model(nn.Sequential(small_net()), 4)
     source = convert_model(nn.Sequential(trained_net()), 8).state_dict()
-    apply_activation_checkpointing(model, check_fn=lambda module: module is model[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module) is kind)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(StateDictError, match=r"^0\.1\.running_mean .* has 8 .* the layer has 4;"):
         model.load_state_dict(source)
