@@ -249,7 +249,7 @@ def test_objects_of_distributed_checkpoints_are_compared(tmp_path: Path) -> None
         ({"ema": None}, "ema.bn.weight", None),
         ({"groups": [{"a": torch.ones(2)}, [[torch.ones(2), 3]]]}, "groups.1.0.0", "groups.1.0.1"),
         ({"groups": [{"lr": 0.1, "params": [0, 1]}], "x": torch.ones(2)}, "x", "groups.0.lr and 1"),
-        ({"pair": ([torch.ones(2)], {"a": torch.ones(2)}, 3), "x": torch.ones(2)}, "x", "pair"),
+        ({"pair": ([torch.ones(2)], {"a": torch.ones(2)}), "x": torch.ones(2)}, "x", "pair"),
     ],
 )
 def test_a_file_and_a_distributed_checkpoint_hold_the_same(
@@ -271,6 +271,25 @@ def test_a_file_and_a_distributed_checkpoint_hold_the_same(
     node.add_(1)
     with pytest.raises(VerificationError, match=rf"differ: .*{place} differs"):
         verify_checkpoint(save(tmp_path, content, "other.pth"), files[1])
+
+
+class Unknown(dict[str, Any]):
+    """Has a class, which distributed checkpoints do not keep, and items, which they do."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize(
+    ("rest", "in_both"), [((bn_state(),), {}), (Unknown(a=torch.ones(2)), {"a": torch.ones(2)})]
+)
+def test_what_a_distributed_checkpoint_lacks_is_told(
+    tmp_path: Path, rest: Any, in_both: dict[str, Any]
+) -> None:
+    model = bn_state()
+    path = save(tmp_path, {"model": model, "rest": rest})
+    folder = dcp_save(tmp_path / "in", {"model": model, "rest": in_both})
+    for pair in ((path, folder), (folder, path)):
+        (warning,) = verify_checkpoint(*pair, opaque=True).warnings
+        assert warning.startswith(f"rest in {path} had no counterpart")
 
 
 @pytest.mark.parametrize("keys", [("a", "b"), ("b", "a")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NothingToDoError
 from .groups import PLAIN, Selection, dotted, find_groups
+from .opaque import InertObject
 from .stores import Place, Store
 from .survey import survey
 from .torchstore import TreeStore
@@ -128,11 +129,17 @@ class Side:
             mappings = self.store.mapping_objects
             for path, mapping in mappings.items():
                 for key, node in mapping.items():
-                    if (*path, key) not in mappings and _is_other(node):
+                    if _is_other(node, (*path, key), mappings):
                         yield path, key
 
 
-def _is_other(node: Any) -> bool:
+def _is_other(node: Any, place: Path_, mappings: Container[Path_]) -> bool:
+    """Whether what is at a place is more than tensors and what the mappings have."""
+    if isinstance(node, InertObject):  # of its class no other format knows
+        return True
+    if isinstance(node, dict) or place in mappings:
+        return place not in mappings
     if isinstance(node, (list, tuple)):
-        return any(map(_is_other, node)) or any(isinstance(part, Tensor) for part in node)
-    return not isinstance(node, (Tensor, dict))
+        inside = (_is_other(part, (*place, at), mappings) for at, part in enumerate(node))
+        return any(inside) or any(isinstance(part, Tensor) for part in node)
+    return not isinstance(node, Tensor)
