@@ -137,6 +137,24 @@ def test_pipelined_kernels_hold_two_slabs_without_spills(
         assert resources.stack == 0, f"{name}, {key} spills {resources.stack} bytes"
         if capability == 90:
             assert "LDG.E.128" in strip_hints(resources.machine_code)
+            assert not early_waits(resources.machine_code), f"{name}, {key}"
+
+
+def early_waits(machine_code: str) -> list[str]:
+    """What waits for the next slab before most of this one is written.
+
+    Of six barriers, an instruction is counted at one while it runs (``wrote``), and waits until
+    nothing is at some of them (``waits``).
+    """
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);.*\n\s+/\* (0x[0-9a-f]{16}) ", machine_code)
+    codes = [(text, int(word, 16) >> 46 & 7, int(word, 16) >> 52 & 63) for text, word in found]
+    texts = [text for text, *_ in codes]
+    asked = next(at for at, text in enumerate(texts) if "REDG" in text)
+    waited = next(at for at, text in enumerate(texts) if at > asked and "CCTL.IVALL" in text)
+    ahead = {wrote for text, wrote, _ in codes[asked:waited] if ".EF" in text}
+    assert len(ahead) == 1
+    written = [at for at, text in enumerate(texts) if "STG.E.128" in text][-2]
+    return [text for text, _, waits in codes[waited:written] if waits >> min(ahead) & 1]
 
 
 def order_of_memory(kernel: Any, described: Any, backward: bool) -> str:

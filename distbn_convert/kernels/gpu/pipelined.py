@@ -21,18 +21,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .held import differentiate_tile, normalize_tile
+from .held import normalize_tile
 from .pieces import piece_of
 from .tiles import (
+    Affine,
     corrections,
     divide,
     finish,
     load_parameters,
+    load_row,
     load_running,
     load_saved,
     locate,
     make_affine,
     multiply,
+    place,
     reciprocal,
     rectify,
     row_offset,
@@ -129,6 +132,16 @@ def merge_pairs(partials, splits, slab, block, SPLITS: tl.constexpr, TILE: tl.co
     offsets = (split * (block.vt_world_size * block.channels * 2))[:, None] + lanes[None, :]
     pairs = tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
     return tl.split(tl.reshape(tl.sum(pairs, 0), (TILE.CHANNELS, 2)))
+
+
+@triton.jit
+def wait_for_scale(affine, zero):
+    """Return ``affine`` unchanged, whose mean is not there before its scale is.
+
+    ``zero`` is a scalar that is, though the compiler cannot know.
+    """
+    bits = affine.mean.to(tl.int32, bitcast=True) | (affine.scale.to(tl.int32, bitcast=True) & zero)
+    return Affine(bits.to(tl.float32, bitcast=True), affine.scale, affine.shift)
 
 
 @triton.jit
@@ -236,7 +249,10 @@ def pipelined_backward(
     for slab in range(first, slabs, groups):
         block = locate(slab, channels, positions, quotient, remainder, vt_world_size, TILE)
         begin, stop = piece_of(split, size, block)
-        affine, rstd = load_saved(weight, bias, mean_in, rstd_in, block)
+        # A thread waits for loads in few groups: what it still waits for when it asks for the next
+        # slab would be of that one's, so that it is waited for here, or loaded after.
+        affine, _ = load_saved(weight, bias, mean_in, rstd_in, block)
+        affine = wait_for_scale(affine, size >> 30)
         tile, grad = widen(words, dtype), widen(grad_words, dtype)
         if TILE.RELU:
             grad = rectify(grad, transform(tile, affine).to(dtype))
@@ -250,6 +266,7 @@ def pipelined_backward(
         ahead = load_words(x, then, next_begin, next_stop, following, TILE)
         grads_ahead = load_words(dy, then, next_begin, next_stop, following, TILE)
         zero = await_count(counter, splits) >> 30
+        rstd = load_row(rstd_in, block)
         sum_dy, sum_dy_x = merge_pairs(partials, splits, slab, block, SPLITS, TILE)
         sum_dy_x *= rstd
         if split == 0:
@@ -258,6 +275,8 @@ def pipelined_backward(
         tile, grad = widen(words | zero, dtype), widen(grad_words | zero, dtype)
         if TILE.RELU:
             grad = rectify(grad, transform(tile, affine).to(dtype))
-        begin, stop = begin + zero, stop + zero
-        differentiate_tile(tile, grad, dx, affine, mean_dy, slope, begin, stop, block, TILE)
+        rest = tl.fma(tile - affine.mean[None, :], -slope[None, :], grad - mean_dy[None, :])
+        out = (rest * affine.scale[None, :]).to(dtype)
+        offsets, mask = place(begin + zero, stop + zero, block, TILE)
+        tl.store(dx + block.start + offsets, out, mask=mask)
         words, grad_words = ahead, grads_ahead
