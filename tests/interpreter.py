@@ -30,6 +30,7 @@ from distbn_convert.kernels.gpu.ticketed import take_turn
 from .concurrency import concurrent_programs
 from .kernel_cases import (
     CASES,
+    WORDS,
     Case,
     check,
     check_nan,
@@ -114,12 +115,12 @@ def check_kernel(kind: str) -> None:
     # of two slabs.
     rooms = {"cooperative": 5, "pipelined": 6}
     with concurrent_programs(rooms[kind]) if kind in rooms else nullcontext():
-        check_cases()
+        check_cases(kind)
     assert _checked_hints.keys() == {"tt.divisibility", "tt.contiguity", "tt.constancy"}
     assert min(_checked_hints.values()) > 0, "no vector was promised"
 
 
-def check_cases() -> None:
+def check_cases(kind: str) -> None:
     torch.empty_like = guarded_like
     torch.Tensor.new_empty = guarded_new
     for case in CASES:
@@ -127,8 +128,9 @@ def check_cases() -> None:
         torch.manual_seed(0)
         check(case, make(case, guarded_copy))
         check_margins()
-    check_nan()
-    check_underflow()
+    words = kind == "pipelined"
+    check_nan(**(WORDS if words else {}))
+    check_underflow(last=words)
     check_tiny()
 
 

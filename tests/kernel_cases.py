@@ -169,13 +169,17 @@ def check(
     assert all(new > old for old, new in zip(versions, after, strict=True)), "version counters"
 
 
+# What a pipelined kernel takes.
+WORDS: dict[str, Any] = {"channels_last": True, "dtype": torch.bfloat16}
+
+
 def check_nan(
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu, **settings: Any
 ) -> None:
     """A NaN passes a ReLU as it does in torch, in both directions."""
     for residual in (False, True):
         torch.manual_seed(0)
-        case = Case((6, 2, 5), vt_world_size=2, relu=True, residual=residual)
+        case = Case((6, 2, 5), vt_world_size=2, relu=True, residual=residual, **settings)
         tensors = make(case, place)
         tensors["residual" if residual else "x"][1, 1, 3] = float("nan")
         ours, theirs = (compute(b, case, cloned(tensors)) for b in (backend, reference))
@@ -185,10 +189,12 @@ def check_nan(
 
 
 def check_underflow(
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor, backend: Any = gpu
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    backend: Any = gpu,
+    last: bool = False,
 ) -> None:
     """Where the output is above zero until it is rounded, its gradient is zero as in torch."""
-    case = Case((6, 2, 5), vt_world_size=2, relu=True, dtype=torch.float16, affine="weight")
+    case = Case((6, 2, 5), 2, channels_last=last, relu=True, dtype=torch.float16, affine="weight")
     tensors = make(case, place)
     tensors["weight"].fill_(1e-9)
     ours = compute(backend, case, tensors)

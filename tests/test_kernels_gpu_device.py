@@ -23,6 +23,7 @@ from .kernel_cases import (
     CASES,
     DIVIDED,
     KINDS,
+    WORDS,
     Case,
     check,
     check_nan,
@@ -180,8 +181,9 @@ def test_relu_treats_nan_and_underflow_as_torch_does(
     from distbn_convert.kernels.gpu import launch
 
     monkeypatch.setattr(launch, "select_kernel", force(kind))
-    check_nan(cuda)
-    check_underflow(cuda)
+    words = kind == "pipelined"
+    check_nan(cuda, **(WORDS if words else {}))
+    check_underflow(cuda, last=words)
     check_tiny(cuda)
 
 
@@ -219,11 +221,14 @@ def test_a_thousand_repeats_are_the_same_bits(
 
     monkeypatch.setattr(launch, "select_kernel", force(kind))
     case = Case((37, 24, 9, 11), 8, channels_last=channels_last, momentum=0.0)
-    assert repeat(replace(case, residual=channels_last, relu=channels_last)) == 0
+    case = replace(case, residual=channels_last, relu=channels_last)
+    if kind == "pipelined":  # which takes but one layout, and no residual
+        case = replace(case, residual=False, **WORDS)
+    assert repeat(case) == 0
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("settings", [{}, {"relu": True, "residual": True}], ids=str)
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 @pytest.mark.parametrize(
     ("kind", "shape", "channels_last"),
     [
@@ -238,14 +243,15 @@ def test_a_thousand_repeats_of_programs_that_wait_are_the_same_bits(
     kind: str,
     shape: tuple[int, ...],
     channels_last: bool,
-    settings: dict[str, bool],
+    relu: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rule, "ENABLED", frozenset({kind}))
     ranks = 8 if channels_last else 2
     case = Case(shape, ranks, channels_last=channels_last, dtype=torch.bfloat16, momentum=0.0)
+    case = replace(case, relu=relu, residual=relu and kind != "pipelined")
     assert {choose(case, backward) for backward in (False, True)} == {kind}
-    assert repeat(replace(case, **settings)) == 0
+    assert repeat(case) == 0
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -278,7 +284,8 @@ def choose(case: Case, backward: bool) -> str:
     from distbn_convert.kernels.layout import arrange
 
     x, last = arrange(make(case)["x"])
-    return describe(x, last, case.vt_world_size, case.interleaved).choose(backward).kind
+    share = describe(x, last, case.vt_world_size, case.interleaved)
+    return share.choose(backward, case.residual).kind
 
 
 def test_work_is_ordered_by_the_current_stream() -> None:
@@ -297,21 +304,30 @@ def test_work_is_ordered_by_the_current_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_last"),
+    ("shape", "channels_last", "pipelined"),
     [
-        ((64, 32, 14, 14), False),
-        ((16, 64, 112, 112), False),
-        ((256, 8, 112, 112), False),
-        ((32, 64, 28, 28), True),
+        ((64, 32, 14, 14), False, False),
+        ((16, 64, 112, 112), False, False),
+        ((256, 8, 112, 112), False, False),
+        ((32, 64, 28, 28), True, False),
+        ((32, 64, 28, 28), True, True),
     ],
     ids=str,
 )
-def test_a_step_is_captured_in_a_cuda_graph(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_a_step_is_captured_in_a_cuda_graph(
+    shape: tuple[int, ...], channels_last: bool, pipelined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.float32
+    if pipelined:
+        monkeypatch.setattr(rule, "ENABLED", rule.WAITING)
+        dtype = torch.bfloat16
+        case = Case(shape, 4, channels_last=True, dtype=dtype)
+        assert choose(case, False) == choose(case, True) == "pipelined"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     layer = DistBatchNorm2d(shape[1], vt_world_size=4).cuda()
     eager = copy.deepcopy(layer)
-    x = torch.randn(shape, device="cuda").to(memory_format=layout).requires_grad_()
-    upstream = torch.randn(shape, device="cuda").to(memory_format=layout)
+    x = torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=layout).requires_grad_()
+    upstream = torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=layout)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.autograd.grad(copy.deepcopy(layer)(x), x, upstream)  # compiles and loads
