@@ -119,6 +119,8 @@ def find_pipelined(share: Share, backward: bool) -> Iterator[Choice]:
         groups = power_of_two(most + 1) // 2
         size = -(-share.values // (programs // groups))
         splits = -(-share.values // size)
+        if 2 * width * power_of_two(splits) > 64 * 32 * warps:
+            continue  # threads that merge more than they have registers for
         yield Choice("pipelined", power_of_two(size), width, warps, splits, size, 0, groups)
 
 

@@ -47,6 +47,8 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
                 assert 4 * choice.splits <= 132
             if choice.kind == "pipelined":  # one program of 8 warps on a multiprocessor, or two
                 assert choice.groups * choice.splits * choice.warps <= 128 * max(choice.warps, 8)
+                merged = 2 * choice.channels * sweep.power_of_two(choice.splits)
+                assert merged <= 64 * 32 * choice.warps  # what a thread holds beside its tiles
     assert kinds[False] == {"resident", "planes", "loop", "cooperative"}
     assert kinds[True] == {"loop", "pipelined", "split", "ticketed"}
 
