@@ -52,6 +52,7 @@ class RecordingDevice(AbsentDevice):
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
+        self.at_once: set[str] = set()  # kernels all of whose programs must run at once
         self.utils = self  # what Triton loads compiled kernels with
 
     def get_device_properties(self, device: int) -> dict[str, int]:
@@ -63,6 +64,8 @@ class RecordingDevice(AbsentDevice):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what launches a compiled kernel."""
+        if metadata.launch_cooperative_grid:
+            self.at_once.add(metadata.hash)
         return partial(self.launch, metadata.hash)
 
     def launch(self, kernel: str, x: int, y: int, z: int, *arguments: Any) -> None:

@@ -82,6 +82,18 @@ def test_a_launch_is_what_triton_would_launch(
     assert ("sum_ranks" in compared) == (kind != "split")  # whose last launch sums them
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipelined_programs_alone_are_launched_all_at_once(
+    kind: str, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    case = Case((8, 4, 8), dtype=torch.bfloat16, channels_last=kind != "planes")
+    for _ in range(2):  # by Triton's dispatch, and ours
+        compute(gpu, case, make(case))
+    at_once = [hash in device.at_once for hash, *_ in device.launches]
+    assert at_once == ([True, True, False] * 2 if kind == "pipelined" else [False] * len(at_once))
+
+
 def shifted(tensor: Tensor, nbytes: int | None = None) -> Tensor:
     """The same numbers, so many bytes behind a multiple of 16, by default those of one."""
     by = 1 if nbytes is None else nbytes // tensor.element_size()
