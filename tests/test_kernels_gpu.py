@@ -137,7 +137,8 @@ def test_pipelined_kernels_hold_two_slabs_without_spills(
         assert resources.stack == 0, f"{name}, {key} spills {resources.stack} bytes"
         if capability == 90:
             assert "LDG.E.128" in strip_hints(resources.machine_code)
-            assert not early_waits(resources.machine_code), f"{name}, {key}"
+            early = early_waits(resources.machine_code) if version_of("triton") >= (3, 7) else []
+            assert not early, f"{name}, {key} waits for the next slab"
 
 
 def early_waits(machine_code: str) -> list[str]:

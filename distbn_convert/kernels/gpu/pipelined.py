@@ -252,7 +252,8 @@ def pipelined_backward(
         # A thread waits for loads in few groups: what it still waits for when it asks for the next
         # slab would be of that one's, so that it is waited for here, or loaded after.
         affine, _ = load_saved(weight, bias, mean_in, rstd_in, block)
-        affine = wait_for_scale(affine, size >> 30)
+        if not TILE.RELU:  # which waits for it anyway
+            affine = wait_for_scale(affine, size >> 30)
         tile, grad = widen(words, dtype), widen(grad_words, dtype)
         if TILE.RELU:
             grad = rectify(grad, transform(tile, affine).to(dtype))
