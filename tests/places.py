@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,22 @@ def names(folder: Path) -> list[str]:
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def set_access_list(path: Path, name: str = "access") -> bytes:
+    """Give an ACL in which the group has no rights, though its mode shows rw, and return it."""
+    entries = [(1, 6, -1), (2, 6, 12345), (4, 0, -1), (16, 6, -1), (32, 0, -1)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, f"system.posix_acl_{name}", value)
+    except (AttributeError, OSError):
+        pytest.skip("this system has no ACLs")
+    return value
+
+
+def access_list(path: Path, name: str = "access") -> bytes | None:
+    attribute = f"system.posix_acl_{name}"
+    return os.getxattr(path, attribute) if attribute in os.listxattr(path) else None
 
 
 def restrict(monkeypatch: pytest.MonkeyPatch, system: str) -> None:

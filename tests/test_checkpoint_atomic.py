@@ -23,7 +23,15 @@ from distbn_convert.checkpoint.places import human_size
 from distbn_convert.checkpoint.temporaries import new_temporary
 from distbn_convert.errors import FileAccessError, OutputExistsError
 
-from .places import largest_file, mode, names, restrict, umask
+from .places import (
+    access_list,
+    largest_file,
+    mode,
+    names,
+    restrict,
+    set_access_list,
+    umask,
+)
 
 IN_ONE_DAY = 86400
 
@@ -71,6 +79,27 @@ def test_an_overwritten_file_keeps_its_mode_and_owner(tmp_path: Path, old_mode: 
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_replaced_keeps_its_access_list(
+    tmp_path: Path, folder: bool, listed: bool, inherited: bool
+) -> None:
+    """With the mode alone the group gets what the list gives others."""
+    path = tmp_path / "a"
+    path.mkdir(0o770) if folder else path.touch(0o640)
+    expected = set_access_list(path) if listed else None
+    if inherited:  # by what is new in this folder
+        set_access_list(tmp_path, "default")
+    before = mode(path)
+    with (atomic_folder if folder else atomic_output)(path, overwrite=True):
+        pass
+    assert access_list(path) == expected
+    assert mode(path) == before
+    if folder:
+        assert access_list(path, "default") is None
+
+
 @pytest.mark.parametrize("error", [None, errno.EPERM, errno.EINVAL, errno.ENOSYS])
 def test_a_system_without_owners_replaces_files_and_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
@@ -80,10 +109,10 @@ def test_a_system_without_owners_replaces_files_and_folders(
     def refuse(*args: object) -> None:
         raise OSError(error, "no such owner here")
 
-    for name in ("chown", "fchown", "fchmod"):
+    for name in ("chown", "fchown", "fchmod", "getxattr"):
         if error is None:
-            monkeypatch.delattr(os, name)
-        elif name != "fchmod":
+            monkeypatch.delattr(os, name, raising=False)
+        elif name in ("chown", "fchown"):
             monkeypatch.setattr(os, name, refuse)
     for _ in range(2):
         with atomic_output(tmp_path / "a", overwrite=True) as file:

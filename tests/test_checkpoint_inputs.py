@@ -27,7 +27,7 @@ from distbn_convert.checkpoint import (
 from distbn_convert.errors import OutputExistsError, ReadError
 
 from .checkpoints import Net, contents, load, run_cli
-from .places import restrict
+from .places import access_list, restrict, set_access_list
 
 
 def shards(folder: Path) -> Path:
@@ -238,6 +238,17 @@ def test_files_that_may_only_be_read_are_kept_without_hard_links(
         (tmp_path / "in" / name).chmod(0o444)
     convert_checkpoint(source, None, 2, in_place=True)
     assert contents(tmp_path / "in.bak") == before
+
+
+@pytest.mark.parametrize("backup", [True, False])
+def test_a_folder_in_place_keeps_access_lists(tmp_path: Path, backup: bool) -> None:
+    source, _ = next(saved_as("folder", tmp_path / "in"))
+    places = [source, *source.rglob("*")]
+    expected = [set_access_list(path) for path in places]
+    set_access_list(tmp_path / "in" / "logs", "default")
+    convert_checkpoint(source, None, 2, in_place=True, backup=backup)
+    assert [access_list(path) for path in places] == expected
+    assert access_list(tmp_path / "in" / "logs", "default") == expected[0]
 
 
 def test_links_in_a_folder_are_no_change_of_it(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def atomic_output(
 
     Args:
         path: **path**, the file to write; a symbolic link is followed and its target replaced.
-        overwrite: **bool**, replace an existing file, whose mode and, where permitted, owner the
-            new one gets. Default: False
+        overwrite: **bool**, replace an existing file, whose mode, ACL and, where permitted, owner
+            the new one gets. Default: False
         expected_bytes: **int**, checked against the free space before anything is written.
             Default: None, not checked
         fsync: **bool**, wait until the disk holds the file and its name. Default: True
@@ -145,9 +145,8 @@ class _Output:
             self.stream.flush()
             if self.raw.failure is not None:
                 raise self.raw.failure
-            existing = stat_or_none(self.target) if self.overwrite else None
-            if existing is not None:
-                take_over(self.raw.fileno(), existing)
+            if self.overwrite and stat_or_none(self.target) is not None:
+                take_over(self.raw.fileno(), self.target)
             if fsync:
                 os.fsync(self.raw.fileno())
             if not self.named and self._link_unnamed():
@@ -214,7 +213,7 @@ class _Output:
             self.raw.seek(0)
             with self._open_named(0o666) as copy:
                 shutil.copyfileobj(self.raw, copy, _BUFFER)
-                take_over(copy.fileno(), os.fstat(self.raw.fileno()))
+                take_over(copy.fileno(), self.raw.fileno())
                 os.fsync(copy.fileno())
             return False
         finally:

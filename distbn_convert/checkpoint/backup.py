@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import OutputExistsError
-from .places import access_error, take_owner
+from .places import access_error, take_over, take_owner
 from .rename import rename_to_free_name
 from .temporaries import new_temporary, remove_stale, remove_temporary
 
@@ -86,6 +86,6 @@ def _link_or_copy(source: str | Path, copy: str | Path) -> None:
         os.link(source, copy)
     except OSError:  # no hard links on this file system
         shutil.copy2(source, copy)
-        take_owner(copy, os.stat(source))
+        take_over(copy, source)
         with open(copy, "rb") as file:
             os.fsync(file.fileno())  # soon it is all that there is of the original

@@ -14,7 +14,7 @@ from typing import IO
 from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
 from .folders import check_nothing_lost
-from .places import StrPath, access_error, take_over, take_owner, told
+from .places import StrPath, access_error, take_over, told
 from .stream import Progress, Sink, Source
 from .temporaries import is_temporary
 
@@ -95,12 +95,12 @@ def write_folder(
                         writers[name](file, tell)
                         tell(size, size)
                         if in_place:
-                            take_over(file.fileno(), os.stat(plan.source / name))
+                            take_over(file.fileno(), plan.source / name)
                 else:
                     plan.carry(name, folder, meter.of_one_file())
             for name in plan.folders:
                 if in_place:
-                    take_owner(folder / name, os.stat(plan.source / name))
+                    take_over(folder / name, plan.source / name)
                 shutil.copystat(plan.source / name, folder / name)
         yield folder
 
@@ -201,7 +201,7 @@ def _copy(old: Path, new: Path, progress: Progress, in_place: bool) -> None:
     ):
         Sink(file, source.size, progress).copy(source, 0, source.size)
         if in_place:
-            take_over(file.fileno(), os.fstat(source.fileno()))
+            take_over(file.fileno(), source.fileno())
     shutil.copystat(old, new)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from .places import (
     output_place,
     stat_or_none,
     sync_folder,
-    take_owner,
+    take_over,
     told,
 )
 from .rename import exchange, rename_to_free_name
@@ -78,8 +77,7 @@ def atomic_folder(
             yield temporary
         with told(path):
             if existing:
-                take_owner(temporary, existing)
-                os.chmod(temporary, stat.S_IMODE(existing.st_mode))
+                take_over(temporary, target)
             if fsync:
                 _sync_tree(temporary)
             if existing:

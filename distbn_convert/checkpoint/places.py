@@ -248,11 +248,15 @@ def sync_folder(folder: Path) -> None:
             ) from error
 
 
-def take_over(descriptor: int, existing: os.stat_result) -> None:
-    """Give the new file the owner and the mode of the one that it replaces."""
-    take_owner(descriptor, existing)
-    if hasattr(os, "fchmod"):
-        os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))
+def take_over(new: StrPath | int, old: StrPath | int) -> None:
+    """Give a new file or folder, or what a descriptor is of, the owner and rights of an old one."""
+    existing = os.stat(old)
+    take_owner(new, existing)
+    _take_access_lists(new, old)  # which change the mode
+    if not isinstance(new, int):
+        os.chmod(new, stat.S_IMODE(existing.st_mode))
+    elif hasattr(os, "fchmod"):
+        os.fchmod(new, stat.S_IMODE(existing.st_mode))
 
 
 def take_owner(path: StrPath | int, existing: os.stat_result) -> None:
@@ -261,3 +265,22 @@ def take_owner(path: StrPath | int, existing: os.stat_result) -> None:
         with contextlib.suppress(OSError):  # not permitted, not in this namespace, no owners
             if hasattr(os, "chown"):  # Windows has none
                 os.chown(path, *owner)
+
+
+def _take_access_lists(new: StrPath | int, old: StrPath | int) -> None:
+    """Take over POSIX ACLs, and only those: a mode shows as the group's what they give others."""
+    if not hasattr(os, "getxattr"):  # only Linux has it
+        return
+    for name in ("system.posix_acl_access", "system.posix_acl_default"):
+        wanted, inherited = _attribute(old, name), _attribute(new, name)
+        if wanted is not None:
+            os.setxattr(new, name, wanted)
+        elif inherited is not None:
+            os.removexattr(new, name)
+
+
+def _attribute(path: StrPath | int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(path, name)
+    except OSError:  # there is none, or the file system or a container knows of none
+        return None
