@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub import load_torch_model, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distbn_convert.checkpoint import carry
+from distbn_convert.checkpoint import carry, convert_checkpoint, shard_index
 from distbn_convert.checkpoint.sharded import (
     other_weights,
     read_accelerate,
@@ -21,9 +21,10 @@ from distbn_convert.checkpoint.sharded import (
     write_accelerate,
     write_sharded,
 )
+from distbn_convert.checkpoint.strict_json import parse_object
 from distbn_convert.errors import FileAccessError, OutputExistsError, ReadError, RefusedError
 
-from .checkpoints import contents, write_index
+from .checkpoints import bn_state, contents, write_index
 
 BN_KEYS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
 
@@ -299,6 +300,43 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match=r"cannot read .*dangling: no such file"):
         convert(tmp_path / "in", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_folder_takes_time_in_proportion_to_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes through all names or files does so a few times, not for each shard."""
+    (tmp_path / "in").mkdir()
+    weight_map = {f"bn{i}.{key}": f"{i}.safetensors" for i in range(20) for key in bn_state()}
+    for number in range(20):
+        state = {f"bn{number}.{key}": value for key, value in bn_state().items()}
+        save_file(state, tmp_path / "in" / f"{number}.safetensors")
+    write_index(tmp_path / "in", weight_map)
+    passes = Counter[str]()
+
+    class Names(dict[str, str]):
+        def items(self) -> Any:
+            passes["items"] += len(self)
+            return super().items()
+
+        def __getitem__(self, name: str) -> str:
+            passes["items"] += 1
+            return super().__getitem__(name)
+
+    def parse(text: bytes) -> dict[str, Any]:
+        content = parse_object(text)
+        return {**content, "weight_map": Names(content["weight_map"])}
+
+    def scan(folder: Any) -> Any:
+        passes["folders"] += 1
+        return scandir(folder)
+
+    scandir = os.scandir
+    monkeypatch.setattr(shard_index, "parse_object", parse)
+    monkeypatch.setattr(os, "scandir", scan)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, fsync=False)
+    assert passes["items"] < 10 * len(weight_map)
+    assert passes["folders"] < 20
 
 
 def test_weights_under_another_index_are_left_out(tmp_path: Path) -> None:

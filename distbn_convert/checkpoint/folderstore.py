@@ -184,8 +184,7 @@ class ShardedStore(_FolderStore):
         written = read_index(folder / self.index.path.name, self.index.load)
         if written.weight_map != self.index.weight_map:
             raise read_back_error(dst, "its index")
-        for shard in {self.index.weight_map[name] for name in new}:
-            tensors = {name: new[name] for name in new if self.index.weight_map[name] == shard}
+        for shard, tensors in self.index.by_shard(new).items():
             old = self.folder / shard
             if shard.endswith(".safetensors"):
                 check_rewritten(old, self.index.headers[shard], folder / shard, tensors, dst)

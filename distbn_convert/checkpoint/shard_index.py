@@ -62,6 +62,13 @@ class ShardIndex:
         weight_map: dict[str, str] = self.content["weight_map"]
         return weight_map
 
+    def by_shard(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Divide tensors among the shards that have them."""
+        divided: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            divided.setdefault(self.weight_map[name], {})[name] = tensor
+        return divided
+
     def read_tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU.
 
@@ -165,11 +172,13 @@ def _read_shard(index: ShardIndex, shard: str) -> Header:
 def _check_agreement(
     path: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]
 ) -> None:
+    listed: dict[str, set[str]] = {shard: set() for shard in headers}
+    for name, shard in weight_map.items():
+        listed[shard].add(name)
     for shard, header in headers.items():
-        listed = {name for name, place in weight_map.items() if place == shard}
         for verb, names in (
-            ("lacks", listed - header.tensors.keys()),
-            ("holds", header.tensors.keys() - listed),
+            ("lacks", listed[shard] - header.tensors.keys()),
+            ("holds", header.tensors.keys() - listed[shard]),
         ):
             if names:
                 first = min(names)

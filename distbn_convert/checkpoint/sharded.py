@@ -70,9 +70,7 @@ def write_sharded(
     Raises, in the block:
         CheckpointError: as :func:`write_folder` and :func:`rewrite`.
     """
-    by_shard: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in replacements.items():
-        by_shard.setdefault(index.weight_map[name], {})[name] = tensor
+    by_shard = index.by_shard(replacements)
     writers: dict[str, Writer] = {
         shard: partial(_write_shard, index, shard, new) for shard, new in by_shard.items()
     }

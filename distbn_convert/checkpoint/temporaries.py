@@ -70,6 +70,8 @@ def remove_stale(target: Path) -> None:
     """Remove what killed processes left of ``target``: an hour old, the process gone."""
     if os.name == "nt":  # asking whether a process lives would end it there
         return
+    if any(map(is_temporary, target.parent.parts)):  # a folder of ours, and a large one maybe
+        return
     pattern = re.compile(re.escape(_stem(target)) + r"(\d{1,9})\.[0-9a-f]{8}\.distbn-tmp")
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(target.parent)):
