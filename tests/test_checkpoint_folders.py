@@ -175,6 +175,37 @@ def test_a_place_that_cannot_hold_a_folder_is_told(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "there"]
 
 
+@pytest.mark.parametrize("place", [".", "logs"])
+def test_the_folder_of_whoever_calls_is_not_replaced(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell would stay in the old one, and see nothing there."""
+    fill(tmp_path / "out", {"a": "old", "logs/b": "old"})
+    monkeypatch.chdir(tmp_path / "out" / place)
+    with (
+        pytest.raises(FileAccessError, match="the current folder, .* change to another") as caught,
+        atomic_folder(os.path.relpath(tmp_path / "out"), overwrite=True),
+    ):
+        raise AssertionError
+    assert caught.value.errno == errno.EBUSY
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    (tmp_path / "new").rmdir()
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder, {"a": "new", "logs/b": "new"})
+    assert content(tmp_path / "out") == {"a": "new", "logs/b": "new"}
+
+
+def test_a_mounted_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with (
+        pytest.raises(FileAccessError, match="a mounted folder cannot be replaced") as caught,
+        atomic_folder(tmp_path, overwrite=True),
+    ):
+        raise AssertionError
+    assert caught.value.errno == errno.EBUSY
+
+
 def test_a_failure_inside_is_told_under_the_name_that_the_user_gave(tmp_path: Path) -> None:
     with (
         pytest.raises(FileAccessError) as caught,

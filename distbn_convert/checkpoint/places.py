@@ -174,6 +174,8 @@ def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
             raise OutputExistsError(
                 f"{path} exists; use overwrite=True (--force) to replace it, or another name."
             )
+        if folder:
+            _check_replaceable(path, target)
     elif not folder and os.fspath(path).endswith(os.sep):
         raise _refusal(errno.EISDIR, f"cannot write {path}: that is the name of a folder.")
     effective = os.access in os.supports_effective_ids
@@ -199,6 +201,23 @@ def _check_kind(path: StrPath, mode: int, folder: bool) -> None:
         raise _refusal(
             errno.EINVAL, f"cannot write {path}: it is not a regular file; give another name."
         )
+
+
+def _check_replaceable(path: StrPath, folder: Path) -> None:
+    """Refuse a folder that another one cannot take the place of, or not for who is in it."""
+    if os.path.ismount(folder):
+        raise _refusal(
+            errno.EBUSY,
+            f"cannot write {path}: a mounted folder cannot be replaced; give a folder in it.",
+        )
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        here = Path.cwd()
+        if folder in (here, *here.parents):
+            raise _refusal(
+                errno.EBUSY,
+                f"cannot write {path}: the current folder, which stays the old one if that is "
+                "replaced, is in it; change to another first.",
+            )
 
 
 def points_outside(name: str) -> bool:
