@@ -104,6 +104,15 @@ def test_what_is_not_mapped_is_saved_by_torch_alone(tmp_path: Path, plans: list[
     assert list(load(tmp_path / "again")) == list(load(tmp_path / "virtual"))
 
 
+def test_a_tensor_without_data_is_copied_without_a_warning(
+    tmp_path: Path, plans: list[bool]
+) -> None:
+    torch.save({**tree(), "meta": torch.zeros(3, device="meta")}, tmp_path / "in")
+    convert_checkpoint(tmp_path / "in", tmp_path / "virtual", 2)
+    assert all(plans)
+    assert load(tmp_path / "virtual")["meta"].is_meta
+
+
 @pytest.mark.filterwarnings("ignore:.*[qQ]uantized")
 def test_a_quantized_tensor_which_torch_cannot_lay_out_is_saved(
     tmp_path: Path, plans: list[bool]

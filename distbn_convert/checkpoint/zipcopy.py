@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -175,7 +176,8 @@ def _lay_out(file: TorchFile) -> list[bytes | int]:
     """Return what torch would write, with the lengths of storages in their places."""
     skeleton = _Skeleton()
     try:
-        with torch.serialization.skip_data():
+        with warnings.catch_warnings(), torch.serialization.skip_data():
+            warnings.filterwarnings("ignore", "Serializing tensors on the meta device")
             save_torch(file, skeleton)
     except RuntimeError:  # a tensor of a kind that cannot be laid out without its data
         return []
