@@ -367,6 +367,13 @@ def test_a_name_that_promises_another_format_is_refused(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "in.safetensors", tmp_path / "v.pth", 3)
 
 
+def test_a_file_keeps_such_a_name_in_place(tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "odd.safetensors")
+    report = convert_checkpoint(tmp_path / "odd.safetensors", None, 2, in_place=True)
+    assert report.output is not None
+    assert report.output.format == "torch"
+
+
 def test_verify_compares_across_formats(tmp_path: Path) -> None:
     path = torchvision_style(tmp_path / "in.pth")
     convert_checkpoint(path, tmp_path / "v.safetensors", 4, format="safetensors", state="model")

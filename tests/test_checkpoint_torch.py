@@ -176,6 +176,24 @@ def test_statistics_too_coarse_to_average_are_refused(
         convert_checkpoint(path, tmp_path / "out", 2)
 
 
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        {key: torch.ones(3).to_sparse() for key in ("running_mean", "running_var")},
+        {"running_mean": torch.ones(8, 3), "running_var": torch.ones(4, 3)},
+    ],
+    ids=["refused", "contradictory"],
+)
+def test_what_cannot_be_converted_can_be_excluded(
+    tmp_path: Path, statistics: dict[str, torch.Tensor]
+) -> None:
+    odd = {f"odd.{key}": value for key, value in statistics.items()}
+    path = save(tmp_path, {**bn_state(), **odd})
+    report = convert_checkpoint(path, tmp_path / "out", 2, exclude=["odd"])
+    assert [group.action for group in report.groups] == ["converted", "skipped"]
+    assert load(tmp_path / "out")["odd.running_var"].shape == odd["odd.running_var"].shape
+
+
 def test_case_25_tied_batch_norms_stay_tied_and_are_stored_once(tmp_path: Path) -> None:
     norm = nn.BatchNorm2d(1000)
     untied = save(tmp_path, nn.Sequential(norm).state_dict(), "one.pth")
@@ -288,6 +306,9 @@ def test_legacy_files_are_read_and_written_as_zip(tmp_path: Path) -> None:
     report = convert_checkpoint(path, tmp_path / "again", 2)
     assert any("becomes one in today's, a zip" in warning for warning in report.warnings)
     assert report.source.format == "torch-legacy"
+    options: Any = {"format": "safetensors", "state": "model"}
+    report = convert_checkpoint(path, tmp_path / "again.safetensors", 2, **options)
+    assert not any("a zip" in warning for warning in report.warnings)
 
 
 def test_the_same_input_gives_the_same_bytes_under_any_name(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ EXPORT = ["models", "export", "resnet18", "-", "--vt-world-size", "2"]
         (["convert", "--vt-world-siez=2", "plain.pth", "-"], 2),
         (["convert", "plain.pth", "-", "-z"], 2),
         (["convert", "plain.pth", "-", "--quiet=yes"], 2),
+        (["convert", "--vt-world-size=two", "--", "-x.pth", "-"], 2),
         (["gather", "plain.pth", "plain.pth", "-", "--reduction", "max"], 2),
         (EXPORT[:4], 2),
     ],

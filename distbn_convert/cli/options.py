@@ -28,7 +28,7 @@ class Writing(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note DST before click looks at what may be wrong."""
         known = {"--", *(name for param in self.get_params(ctx) for name in param.opts)}
-        words = [a for a in args if not a.startswith("--") or a.partition("=")[0] in known]
+        words = [word for word in args if not word.startswith("--") or word in known]
         try:
             ctx.obj["dst"] = self.make_parser(ctx).parse_args([*words])[0].get("dst")
         except click.UsageError:  # such as a value that is missing: "-" may be DST if not SRC
