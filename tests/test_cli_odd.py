@@ -149,3 +149,12 @@ def test_a_rank_without_select_is_a_usage_error(capsys: Any, tmp_path: Path) -> 
     )
     assert done.code == 0
     assert load(tmp_path / "o.pth").keys() == load(tmp_path / "in.pth").keys()
+
+
+def test_several_numbers_of_ranks_are_told_as_such(capsys: Any, tmp_path: Path) -> None:
+    state = {
+        f"{v}.{key}": torch.ones(v, 3) for v in (2, 4) for key in ("running_mean", "running_var")
+    }
+    torch.save(state, tmp_path / "in.pth")
+    done = run_cli(capsys, "revert", tmp_path / "in.pth", tmp_path / "out")
+    assert "reverted 2 BatchNorms from several numbers of virtual ranks by mean: " in done.out

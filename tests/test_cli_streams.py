@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +109,15 @@ def test_no_room_for_a_copy_of_the_standard_input_is_told(plain: Path) -> None:
     told = f"cannot copy stdin to {plain.parent} ($TMPDIR can name another folder): file too large"
     failed(full, 7, told)
     assert os.listdir(plain.parent) == ["plain.pth"]
+
+
+def test_no_room_for_a_copy_of_the_standard_output_is_told(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    done = run_cli(capsys, "convert", plain, "-", *RANKS)
+    assert done.code == 7
+    assert "nothing was written. $TMPDIR can name another folder for what goes to" in done.err
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])

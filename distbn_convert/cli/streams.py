@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from ..checkpoint.places import access_error, as_path
+from ..checkpoint.places import access_error, as_path, find_disk_full
 from ..errors import FileAccessError
 
 __all__ = [
@@ -264,7 +264,12 @@ def output_path(dst: str | None) -> Iterator[Path | None]:
     if sys.stdout.isatty():
         raise click.UsageError("a checkpoint is not for the terminal; redirect stdout to a file.")
     with _spool("stdout") as path:
-        yield path
+        try:
+            yield path
+        except FileAccessError as error:
+            if find_disk_full(error) is not None:
+                error.args = (f"{error} $TMPDIR can name another folder for what goes to stdout.",)
+            raise
         if path.is_dir():
             raise click.UsageError("a folder cannot go to stdout; name one as DST.")
         if path.exists():
