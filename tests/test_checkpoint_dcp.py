@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from distbn_convert.checkpoint import dcp_metadata
 from distbn_convert.checkpoint.dcp import read_dcp, write_dcp
+from distbn_convert.checkpoint.stores import WriteOptions
 from distbn_convert.errors import CheckpointError, OutputExistsError, ReadError, RefusedError
 
 BN_KEYS = ("model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked")
@@ -62,7 +63,7 @@ def virtual(state: dict[str, Any], ranks: int = 4) -> dict[str, Tensor]:
 
 
 def convert(src: Path, dst: Path, new: dict[str, Tensor], **options: Any) -> None:
-    with write_dcp(read_dcp(src), dst, new, **options):
+    with write_dcp(read_dcp(src), dst, new, WriteOptions(**options)):
         pass
 
 

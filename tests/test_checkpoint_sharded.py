@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from distbn_convert.checkpoint import carry, convert_checkpoint, shard_index
 from distbn_convert.checkpoint.sharded import (
+    ShardIndex,
     other_weights,
     read_accelerate,
     read_index,
     write_accelerate,
     write_sharded,
 )
+from distbn_convert.checkpoint.stores import WriteOptions
 from distbn_convert.checkpoint.strict_json import parse_object
 from distbn_convert.errors import FileAccessError, OutputExistsError, ReadError, RefusedError
 
@@ -31,6 +33,11 @@ BN_KEYS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
 
 def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3))
+
+
+def write(index: ShardIndex, dst: Path, new: dict[str, Tensor], **options: Any) -> None:
+    with write_sharded(index, dst, new, WriteOptions(**options)):
+        pass
 
 
 def save_shards(folder: Path, state: dict[str, Tensor], kind: str, size: int = 1500) -> Path:
@@ -85,7 +92,8 @@ def test_a_converted_folder_holds_the_replacements_and_everything_else(
     shards_of_bn = {index.weight_map[key] for key in BN_KEYS}
     new = virtual(state)
     steps: list[tuple[int, int]] = []
-    with write_sharded(index, target, new, progress=lambda *step: steps.append(step)) as folder:
+    options = WriteOptions(progress=lambda *step: steps.append(step))
+    with write_sharded(index, target, new, options) as folder:
         assert not target.exists()
         assert len(read_index(folder).weight_map) == len(state)
     loaded = {}
@@ -113,11 +121,9 @@ def test_a_converted_folder_holds_the_replacements_and_everything_else(
 def test_the_way_back_is_bit_identical(tmp_path: Path, kind: str) -> None:
     state = model().state_dict()
     first = read_index(save_shards(tmp_path / "plain", state, kind))
-    with write_sharded(first, tmp_path / "virtual", virtual(state)):
-        pass
+    write(first, tmp_path / "virtual", virtual(state))
     second = read_index(tmp_path / "virtual")
-    with write_sharded(second, tmp_path / "back", {key: state[key] for key in BN_KEYS}):
-        pass
+    write(second, tmp_path / "back", {key: state[key] for key in BN_KEYS})
     loaded = model()
     load_torch_model(loaded, tmp_path / "back", strict=True, safe=kind == "safetensors")
     for name, tensor in loaded.state_dict().items():
@@ -138,8 +144,7 @@ def test_one_batch_norm_may_straddle_two_shards(tmp_path: Path) -> None:
     weight_map = {key: "b.safetensors" if key == BN_KEYS[1] else "a.safetensors" for key in state}
     write_index(source, weight_map)
     target = tmp_path / "out"
-    with write_sharded(read_index(source), target, virtual(state)):
-        pass
+    write(read_index(source), target, virtual(state))
     assert load_file(target / "a.safetensors")[BN_KEYS[0]].shape == (4, 16)
     assert load_file(target / "b.safetensors")[BN_KEYS[1]].shape == (4, 16)
 
@@ -155,8 +160,7 @@ def test_a_torch_shard_keeps_its_metadata_order_and_other_values(tmp_path: Path)
     weight_map = dict.fromkeys((key for key in state if key != "epoch"), "pytorch_model-1.bin")
     write_index(source, weight_map, "pytorch_model.bin.index.json")
     target = tmp_path / "out"
-    with write_sharded(read_index(source), target, virtual(state)):
-        pass
+    write(read_index(source), target, virtual(state))
     loaded = torch.load(target / "pytorch_model-1.bin")
     assert isinstance(loaded, OrderedDict)
     assert loaded._metadata == state._metadata
@@ -173,8 +177,7 @@ def test_a_total_size_that_is_no_number_is_left_alone(tmp_path: Path, total: obj
     metadata = {} if total is None else {"total_size": total, "note": "kept"}
     path = write_index(source, {"a": "a.safetensors"}, metadata=metadata, odd=[1])
     target = tmp_path / "out"
-    with write_sharded(read_index(path), target, {"a": torch.zeros(3, 2)}):
-        pass
+    write(read_index(path), target, {"a": torch.zeros(3, 2)})
     content = json.loads((target / path.name).read_text())
     if type(total) in (int, float):
         assert content["metadata"] == {"total_size": total + 16, "note": "kept"}
@@ -196,15 +199,13 @@ def test_the_text_of_an_index_stays_but_for_its_total_size(tmp_path: Path, metad
     text = f'\n{{"weight_map": {{ "a":"a.safetensors"}},\n   "metadata": {metadata}}}'
     path = source / "model.safetensors.index.json"
     path.write_bytes(text.encode())
-    with write_sharded(read_index(path), tmp_path / "out", {"a": torch.zeros(3, 2)}):
-        pass
+    write(read_index(path), tmp_path / "out", {"a": torch.zeros(3, 2)})
     grown = (tmp_path / "out" / path.name).read_bytes()
     expected = json.loads(text)
     expected["metadata"]["total_size"] = 24
     assert json.loads(grown) == expected
     assert (grown == text.replace("8", "24").encode()) is edited
-    with write_sharded(read_index(tmp_path / "out"), tmp_path / "back", {"a": torch.zeros(2)}):
-        pass
+    write(read_index(tmp_path / "out"), tmp_path / "back", {"a": torch.zeros(2)})
     back = (tmp_path / "back" / path.name).read_bytes()
     assert json.loads(back) == json.loads(text)
     assert (back == path.read_bytes()) is edited
@@ -220,8 +221,7 @@ def tiny(folder: Path, **files: str) -> Path:
 
 
 def convert(src: Path, dst: Path, **options: Any) -> None:
-    with write_sharded(read_index(src), dst, {"a": torch.ones(3, 2)}, **options):
-        pass
+    write(read_index(src), dst, {"a": torch.ones(3, 2)}, **options)
 
 
 def test_files_carried_over_are_copies_with_their_mode(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_file({"a": torch.zeros(9)}, tmp_path / "in" / "1.safetensors")
     with (
         pytest.raises(ReadError, match="changed while it was read"),
-        write_sharded(index, tmp_path / "out", {"a": torch.ones(3, 2)}),
+        write_sharded(index, tmp_path / "out", {"a": torch.ones(3, 2)}, WriteOptions()),
     ):
         raise AssertionError
     assert os.listdir(tmp_path) == ["in"]
@@ -387,7 +387,8 @@ def test_an_accelerate_folder_is_converted_with_all_that_belongs_to_it(tmp_path:
     headers = read_accelerate(folder)
     assert list(headers) == ["model.safetensors", "model_1.safetensors"]
     new = virtual(state)
-    with write_accelerate(folder, headers, target, {"model.safetensors": new, "x": {}}) as made:
+    changed, options = {"model.safetensors": new}, WriteOptions()
+    with write_accelerate(folder, headers, target, changed, options) as made:
         assert load_file(made / "model.safetensors")[BN_KEYS[0]].shape == (4, 16)
     before, after = contents(folder), contents(target)
     assert set(before) == set(after)

@@ -15,6 +15,7 @@ from ..errors import RefusedError
 from .atomic import atomic_folder, atomic_output, same_file
 from .folders import check_nothing_lost
 from .places import StrPath, access_error, take_over, told
+from .stores import WriteOptions
 from .stream import Progress, Sink, Source
 from .temporaries import is_temporary
 
@@ -29,13 +30,8 @@ def write_folder(
     dst: StrPath,
     writers: Mapping[str, Writer],
     sizes: Mapping[str, int],
-    *,
+    options: WriteOptions,
     leave_out: Collection[str] = (),
-    overwrite: bool = False,
-    keep_old: bool = False,
-    fsync: bool = True,
-    progress: Progress | None = None,
-    before_writing: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Write a copy of a folder in which some files are made anew; it appears complete.
 
@@ -50,14 +46,11 @@ def write_folder(
         writers: by file name relative to ``src``, **callable(file, progress)** that writes it;
             a file that is not in ``src`` is added.
         sizes: of what each writer writes, for the check of the free space.
+        options: **WriteOptions**, how to write; reading back is left to the caller. With
+            ``keep_old`` the files of ``src`` stay under other names when ``dst`` takes its place,
+            so that none is linked; symbolic links in place stay such.
         leave_out: names of files that are not carried over, nor are folders with nothing else in
             them. Default: none
-        overwrite: **bool**, as for :func:`atomic_folder`. Default: False
-        keep_old: **bool**, the files of ``src`` stay under other names when ``dst`` takes its
-            place, so that none is linked; symbolic links in place stay such. Default: False
-        fsync: **bool**, as for :func:`atomic_folder`. Default: True
-        progress: **callable(bytes written, bytes in all)**. Default: None
-        before_writing: **callable**, as for :func:`atomic_folder`. Default: does nothing
 
     Yields:
         Path: the complete folder, to be looked at before it is published.
@@ -71,17 +64,17 @@ def write_folder(
     in_place = source is not None and same_file(source, target)
     if source in target.parents:
         raise RefusedError(f"{dst} is inside {src}, which is copied there; give a place outside.")
-    plan = _Plan(source, writers, leave_out, in_place, in_place and not keep_old)
+    plan = _Plan(source, writers, leave_out, in_place, in_place and not options.keep_old)
     total = sum(sizes.values()) + plan.bytes_to_copy()
-    meter = _Meter(total, progress)
-    if overwrite and target.is_dir():
+    meter = _Meter(total, options.progress)
+    if options.overwrite and target.is_dir():
         check_nothing_lost(dst, target, {*plan.folders, *plan.files, *writers})
     output = atomic_folder(
         dst,
-        overwrite=overwrite,
+        overwrite=options.overwrite,
         expected_bytes=total,
-        fsync=fsync,
-        before_writing=before_writing,
+        fsync=options.fsync,
+        before_writing=options.before_writing,
     )
     with output as folder:
         with told(dst):

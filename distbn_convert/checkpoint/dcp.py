@@ -10,7 +10,7 @@ import copy
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ from .dcp_metadata import METADATA, read_metadata
 from .header import Header, TensorInfo
 from .places import StrPath
 from .safetensors import format_name
+from .stores import WriteOptions
 from .stream import Progress, Sink, Source
 
 __all__ = ["DcpFolder", "read_dcp", "write_dcp"]
@@ -166,12 +167,7 @@ def write_dcp(
     folder: DcpFolder,
     dst: StrPath,
     replacements: Mapping[str, Tensor],
-    *,
-    overwrite: bool = False,
-    keep_old: bool = False,
-    fsync: bool = True,
-    progress: Progress | None = None,
-    before_writing: Callable[[], None] = lambda: None,
+    options: WriteOptions,
 ) -> AbstractContextManager[Path]:
     """Write a folder of torch.distributed.checkpoint with some tensors replaced.
 
@@ -182,11 +178,7 @@ def write_dcp(
         folder: **DcpFolder**; not modified.
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by flat name, **Tensor** on the CPU.
-        overwrite: **bool**, replace an existing folder. Default: False
-        keep_old: **bool**, as for :func:`write_folder`. Default: False
-        fsync: **bool**, wait until the disk holds it. Default: True
-        progress: **callable(bytes written, bytes in all)**. Default: None
-        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
+        options: **WriteOptions**, as for :func:`write_folder`.
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -207,17 +199,7 @@ def write_dcp(
     records = pickle.dumps(_edited(folder.metadata, replacements, edits), folder.protocol)
     writers[METADATA] = lambda file, _: file.write(records)
     sizes[METADATA] = len(records)
-    return write_folder(
-        folder.path,
-        dst,
-        writers,
-        sizes,
-        overwrite=overwrite,
-        keep_old=keep_old,
-        fsync=fsync,
-        progress=progress,
-        before_writing=before_writing,
-    )
+    return write_folder(folder.path, dst, writers, sizes, options)
 
 
 @dataclass(frozen=True)

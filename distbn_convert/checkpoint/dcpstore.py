@@ -97,17 +97,7 @@ class DcpStore:
     def write(self, dst: Path, replacements: Replacements, options: WriteOptions) -> None:
         """Write the folder with the replacements."""
         new = {self._names[place]: tensor for place, tensor in replacements.items()}
-        writing = write_dcp(
-            self.folder,
-            dst,
-            new,
-            overwrite=options.overwrite,
-            keep_old=options.keep_old,
-            fsync=options.fsync,
-            progress=options.progress,
-            before_writing=options.before_writing,
-        )
-        with writing as folder:
+        with write_dcp(self.folder, dst, new, options) as folder:
             if options.verify:
                 _check(self.folder, read_dcp(folder), new, dst)
             options.before_publish()

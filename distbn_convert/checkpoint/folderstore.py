@@ -96,18 +96,7 @@ class AccelerateStore(_FolderStore):
         new: dict[str, dict[str, Tensor]] = {}
         for (path, key), tensor in replacements.items():
             new.setdefault(self.place(path, key)[0].name, {})[key] = tensor
-        writing = write_accelerate(
-            self.folder,
-            self.headers,
-            dst,
-            new,
-            overwrite=options.overwrite,
-            keep_old=options.keep_old,
-            fsync=options.fsync,
-            progress=options.progress,
-            before_writing=options.before_writing,
-        )
-        with writing as folder:
+        with write_accelerate(self.folder, self.headers, dst, new, options) as folder:
             for file, tensors in new.items() if options.verify else ():
                 old = self.folder / file
                 check_rewritten(old, self.headers[file], folder / file, tensors, dst)
@@ -164,17 +153,7 @@ class ShardedStore(_FolderStore):
         if options.verify:
             self.check(replacements)  # a torch shard is saved anew
         new = {key: tensor for (_, key), tensor in replacements.items()}
-        writing = write_sharded(
-            self.index,
-            dst,
-            new,
-            overwrite=options.overwrite,
-            keep_old=options.keep_old,
-            fsync=options.fsync,
-            progress=options.progress,
-            before_writing=options.before_writing,
-        )
-        with writing as folder:
+        with write_sharded(self.index, dst, new, options) as folder:
             if options.verify:
                 self._check(folder, new, dst)
             options.before_publish()

@@ -210,18 +210,7 @@ def write_shards(
         text = _index(shards, old)
         writers[_INDEX], sizes[_INDEX] = lambda file, _: file.write(text), len(text)
     old.check_names(writers)
-    writing = write_folder(
-        old.folder,
-        dst,
-        writers,
-        sizes,
-        leave_out=old.replaced,
-        overwrite=options.overwrite,
-        fsync=options.fsync,
-        progress=options.progress,
-        before_writing=options.before_writing,
-    )
-    with writing as folder:
+    with write_folder(old.folder, dst, writers, sizes, options, old.replaced) as folder:
         if options.verify:
             _check(folder, shards, dst)
         options.before_publish()

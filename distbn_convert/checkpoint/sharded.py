@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import partial
@@ -16,6 +16,7 @@ from .header import Header, read_header
 from .places import StrPath
 from .safetensors import rewrite
 from .shard_index import ShardIndex, other_checkpoints, read_index
+from .stores import WriteOptions
 from .stream import Progress
 
 if TYPE_CHECKING:
@@ -42,12 +43,7 @@ def write_sharded(
     index: ShardIndex,
     dst: StrPath,
     replacements: Mapping[str, Tensor],
-    *,
-    overwrite: bool = False,
-    keep_old: bool = False,
-    fsync: bool = True,
-    progress: Progress | None = None,
-    before_writing: Callable[[], None] = lambda: None,
+    options: WriteOptions,
 ) -> AbstractContextManager[Path]:
     """Write the folder of a sharded checkpoint with some tensors replaced.
 
@@ -58,11 +54,7 @@ def write_sharded(
         index: **ShardIndex**, the checkpoint; not modified.
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by name, **Tensor** on the CPU.
-        overwrite: **bool**, replace an existing folder. Default: False
-        keep_old: **bool**, as for :func:`write_folder`. Default: False
-        fsync: **bool**, wait until the disk holds it. Default: True
-        progress: **callable(bytes written, bytes in all)**. Default: None
-        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
+        options: **WriteOptions**, as for :func:`write_folder`.
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -80,18 +72,7 @@ def write_sharded(
     if text is not None:
         writers[index.path.name] = lambda file, _: file.write(text)
         sizes[index.path.name] = len(text)
-    return write_folder(
-        index.folder,
-        dst,
-        writers,
-        sizes,
-        leave_out=other_checkpoints(index),
-        overwrite=overwrite,
-        keep_old=keep_old,
-        fsync=fsync,
-        progress=progress,
-        before_writing=before_writing,
-    )
+    return write_folder(index.folder, dst, writers, sizes, options, other_checkpoints(index))
 
 
 def _growth(header: Header, new: Mapping[str, Tensor]) -> int:
@@ -149,12 +130,7 @@ def write_accelerate(
     headers: Mapping[str, Header],
     dst: StrPath,
     replacements: Mapping[str, Mapping[str, Tensor]],
-    *,
-    overwrite: bool = False,
-    keep_old: bool = False,
-    fsync: bool = True,
-    progress: Progress | None = None,
-    before_writing: Callable[[], None] = lambda: None,
+    options: WriteOptions,
 ) -> AbstractContextManager[Path]:
     """Write a folder with tensors of its safetensors files replaced; the rest is carried over.
 
@@ -163,11 +139,7 @@ def write_accelerate(
         headers: as :func:`read_accelerate` gives them.
         dst: **path** of the new folder; may be the old one with ``overwrite``.
         replacements: by file and name, **Tensor** on the CPU.
-        overwrite: **bool**, replace an existing folder. Default: False
-        keep_old: **bool**, as for :func:`write_folder`. Default: False
-        fsync: **bool**, wait until the disk holds it. Default: True
-        progress: **callable(bytes written, bytes in all)**. Default: None
-        before_writing: **callable**, as for :func:`write_folder`. Default: does nothing
+        options: **WriteOptions**, as for :func:`write_folder`.
 
     Returns:
         context manager of Path: the complete folder; published when the block ends.
@@ -175,24 +147,17 @@ def write_accelerate(
     Raises, in the block:
         CheckpointError: as :func:`write_folder` and :func:`rewrite`.
     """
-    changed = {file: new for file, new in replacements.items() if new}
 
     def writer(name: str) -> Writer:
         return lambda file, progress: rewrite(
-            Path(src) / name, file, headers[name], changed[name], progress=progress
+            Path(src) / name, file, headers[name], replacements[name], progress=progress
         )
 
-    return write_folder(
-        src,
-        dst,
-        {name: writer(name) for name in changed},
-        {name: headers[name].size + _growth(headers[name], changed[name]) for name in changed},
-        overwrite=overwrite,
-        keep_old=keep_old,
-        fsync=fsync,
-        progress=progress,
-        before_writing=before_writing,
-    )
+    writers = {name: writer(name) for name in replacements}
+    sizes = {
+        name: headers[name].size + _growth(headers[name], new) for name, new in replacements.items()
+    }
+    return write_folder(src, dst, writers, sizes, options)
 
 
 def other_weights(folder: Path, own: Collection[str]) -> list[str]:
