@@ -15,8 +15,7 @@ from .dcp import DcpFolder, read_dcp, write_dcp
 from .dcp_metadata import METADATA
 from .edit import Replacements
 from .flatstore import specs_of_header
-from .groups import Group, TensorSpec
-from .spread import largest_count
+from .groups import TensorSpec
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 __all__ = ["DcpStore"]
@@ -79,17 +78,10 @@ class DcpStore:
         """Return one tensor."""
         return self.folder.read_tensor(self._names[path, key])
 
-    def rows(self, group: Group, key: str) -> list[list[float]]:
-        """Return a running statistic as numbers."""
-        tensor = self.tensor(group.path, key).double()
-        rows: list[list[float]] = tensor.reshape(group.ranks or 1, group.channels).tolist()
-        return rows
-
-    def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group."""
-        if not group.counted:
-            return None
-        return largest_count(self.tensor(group.path, group.keys[2]).flatten().tolist())
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor."""
+        values: list[float] = self.tensor(path, key).flatten().tolist()
+        return values
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: each piece is compared with its checksums when it is read."""

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .groups import Group, TensorSpec
+from .groups import TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite, torch_name
-from .spread import largest_count
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from .edit import Replacements
 
-__all__ = ["FlatStore", "check_rewritten", "numbers", "specs_of_header"]
+__all__ = ["FlatStore", "check_rewritten", "read_numbers", "specs_of_header"]
 
 _CODES = {
     **{"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "I16": "h", "I8": "b"},
@@ -51,17 +50,9 @@ class FlatStore:
         """Return one tensor."""
         return read_tensor(self.path, self.header, key)
 
-    def rows(self, group: Group, key: str) -> list[list[float]]:
-        """Return a running statistic as numbers."""
-        values = numbers(self.path, self.header, key)
-        width = group.channels
-        return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]
-
-    def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group."""
-        if not group.counted:
-            return None
-        return largest_count(numbers(self.path, self.header, group.keys[2]))
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor."""
+        return read_numbers(self.path, self.header, key)
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: safetensors has no checksums."""
@@ -94,7 +85,7 @@ def _spec(info: TensorInfo) -> TensorSpec:
     )
 
 
-def numbers(path: Path, header: Header, name: str) -> list[float]:
+def read_numbers(path: Path, header: Header, name: str) -> list[float]:
     """Return the numbers of one tensor; imports no torch but for what counters never are."""
     data, dtype = read_bytes(path, header, name), header.tensors[name].dtype
     if dtype == "BF16":  # the upper half of a float32

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checksums import check_zip
-from .flatstore import check_rewritten, numbers, specs_of_header
-from .groups import Group, TensorSpec
+from .flatstore import check_rewritten, read_numbers, specs_of_header
+from .groups import TensorSpec
 from .header import Header
 from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
-from .spread import largest_count
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
 from .zips import starts_as_zip
 
@@ -49,20 +48,12 @@ class _FolderStore:
 
         return read_tensor(*self.place(path, key), key)
 
-    def rows(self, group: Group, key: str) -> list[list[float]]:
-        """Return a running statistic as numbers."""
-        values, width = self._numbers(group.path, key), group.channels
-        return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]
-
-    def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group."""
-        return largest_count(self._numbers(group.path, group.keys[2])) if group.counted else None
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor."""
+        return read_numbers(*self.place(path, key), key)
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Do nothing: safetensors has no checksums."""
-
-    def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
-        return numbers(*self.place(path, key), key)
 
 
 class AccelerateStore(_FolderStore):
@@ -133,9 +124,10 @@ class ShardedStore(_FolderStore):
         """Return one tensor."""
         return self.index.read_tensor(key)
 
-    def _numbers(self, path: tuple[Any, ...], key: str) -> list[float]:
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor."""
         if self.index.weight_map[key].endswith(".safetensors"):
-            return super()._numbers(path, key)
+            return super().numbers(path, key)
         values: list[float] = self.tensor(path, key).flatten().tolist()
         return values
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import VerificationError
 from .atomic import atomic_output
-from .groups import Group, TensorSpec
+from .groups import TensorSpec
 from .sniff import Kind, sniff
 
 if TYPE_CHECKING:
@@ -94,11 +94,8 @@ class Store(Protocol):
     def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
         """Return one tensor of a mapping, on the CPU."""
 
-    def rows(self, group: Group, key: str) -> list[list[float]]:
-        """Return a running statistic as numbers, one list for each rank."""
-
-    def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group, None without one that is a finite number."""
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor in order, where the format permits without torch."""
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Compare what these tensors depend on with its checksums, if it has any.

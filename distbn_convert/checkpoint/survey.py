@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import NothingToDoError, ReadError, RefusedError
 from .groups import Group, LookAlike, Selection, describe, find_groups, key_name
 from .report import GroupReport
-from .spread import count_nonfinite, measure_spread
+from .spread import count_nonfinite, largest_count, measure_spread
 from .stores import Store
 
 __all__ = ["Survey", "survey"]
@@ -163,10 +163,17 @@ def _report(
     )
     if group.problem is not None or group.refusal is not None:
         return report
-    means, variances = (store.rows(group, key) for key in group.keys[:2])
+    mean, var, *count = (store.numbers(group.path, key) for key in group.keys)
+    means, variances = _rows(mean, group), _rows(var, group)
     return replace(
         report,
-        tracked=store.count(group),
+        tracked=largest_count(count[0]) if count else None,
         nonfinite=count_nonfinite(means, variances),
         spread=measure_spread(means, variances) if spread and group.ranks is not None else None,
     )
+
+
+def _rows(values: list[float], group: Group) -> list[list[float]]:
+    """Divide the values of a statistic among its ranks."""
+    width = group.channels
+    return [values[row * width : (row + 1) * width] for row in range(group.ranks or 1)]

@@ -13,9 +13,7 @@ from ..errors import ReadError
 from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
-from .groups import Group
 from .readback import LARGE, ReadBack, reading_back
-from .spread import largest_count
 from .stores import Mappings, Place, Progress, ReadOptions, WriteOptions, read_back_error
 from .stream import Sink
 from .torchfile import TorchFile, load_torch, save_torch
@@ -82,17 +80,10 @@ class TreeStore:
         assert isinstance(tensor, Tensor)
         return tensor
 
-    def rows(self, group: Group, key: str) -> list[list[float]]:
-        """Return a running statistic as numbers."""
-        tensor = self.tensor(group.path, key).detach().double()
-        rows: list[list[float]] = tensor.reshape(group.ranks or 1, group.channels).tolist()
-        return rows
-
-    def count(self, group: Group) -> int | None:
-        """Return the largest counter of a group."""
-        if not group.counted:
-            return None
-        return largest_count(self.tensor(group.path, group.keys[2]).flatten().tolist())
+    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+        """Return the values of one tensor."""
+        values: list[float] = self.tensor(path, key).flatten().tolist()
+        return values
 
     def check(self, places: Iterable[Place] | None = None) -> None:
         """Compare the file, or what of it these tensors depend on, with its checksums."""
