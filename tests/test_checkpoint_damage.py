@@ -15,6 +15,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from distbn_convert.checkpoint.checksums import check_zip
 from distbn_convert.checkpoint.sniff import sniff
+from distbn_convert.checkpoint.stores import ReadOptions
 from distbn_convert.checkpoint.torchfile import load_torch
 from distbn_convert.errors import FileAccessError, ReadError
 
@@ -301,7 +303,8 @@ def test_the_files_fault_and_the_disks_are_told_apart(
     def fail(*_: object, **options: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    functions = {"sniff": sniff, "load_torch": load_torch, "check_zip": check_zip}
+    load = partial(load_torch, options=ReadOptions())
+    functions = {"sniff": sniff, "load_torch": load, "check_zip": check_zip}
     monkeypatch.setattr(broken.replace(":", "."), fail)
     for name in READERS[broken]:
         with pytest.raises(ReadError if code == errno.EINVAL else FileAccessError) as caught:

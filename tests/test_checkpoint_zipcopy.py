@@ -17,6 +17,7 @@ import torch
 from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint, zipcopy
 from distbn_convert.checkpoint.checksums import check_zip, data_start
 from distbn_convert.checkpoint.mapped import MappedPart, mapped_parts
+from distbn_convert.checkpoint.stores import ReadOptions
 from distbn_convert.checkpoint.torchfile import TorchFile, load_torch
 from distbn_convert.checkpoint.zipcopy import checksums_beside, plan_copy
 from distbn_convert.errors import ReadError, VerificationError
@@ -141,7 +142,7 @@ def test_the_checksums_beside_many_tensors_are_found_at_once(
 
 def test_memory_that_was_written_to_is_not_taken_for_the_file(tmp_path: Path) -> None:
     torch.save(tree(), tmp_path / "in")
-    file = load_torch(tmp_path / "in")
+    file = load_torch(tmp_path / "in", ReadOptions())
     assert plan_copy(file) is not None
     file.tree["last"][5] = 3
     assert mapped_parts(tmp_path / "in") == []
@@ -150,7 +151,7 @@ def test_memory_that_was_written_to_is_not_taken_for_the_file(tmp_path: Path) ->
 
 def test_a_file_that_was_replaced_meanwhile_is_not_taken_for_the_one_loaded(tmp_path: Path) -> None:
     torch.save(tree(), tmp_path / "in")
-    file = load_torch(tmp_path / "in")
+    file = load_torch(tmp_path / "in", ReadOptions())
     torch.save(tree(), tmp_path / "new")
     (tmp_path / "new").replace(tmp_path / "in")
     assert plan_copy(file) is None
@@ -249,7 +250,7 @@ def test_a_storage_put_in_the_place_of_another_is_found(
 def test_the_system_tells_where_in_the_file_a_tensor_lies(tmp_path: Path) -> None:
     path = tmp_path / "with a space\tand (deleted)"
     torch.save(tree(), path)
-    file = load_torch(path)
+    file = load_torch(path, ReadOptions())
     (part,) = mapped_parts(path)
     weight = file.tree["last"]
     place = part.place(weight.data_ptr(), weight.nbytes)
@@ -297,7 +298,7 @@ def test_a_plan_does_not_keep_the_file_mapped(tmp_path: Path) -> None:
     gc.collect()
     gc.disable()
     try:
-        file = load_torch(tmp_path / "in")
+        file = load_torch(tmp_path / "in", ReadOptions())
         storages = zipcopy._storages(file)
         assert len(mapped_parts(tmp_path / "in")) == 1
         del file, storages

@@ -100,7 +100,7 @@ class ShardedStore(_FolderStore):
     format = "sharded"
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
-        self.path, self.index = path, read_index(path, lambda shard: _load(shard, options))
+        self.path, self.index = path, read_index(path, options)
         headers = self.index.headers
         super().__init__(self.index.folder, set(headers), list(headers.values()))
 
@@ -152,7 +152,7 @@ class ShardedStore(_FolderStore):
 
     def _check(self, folder: Path, new: dict[str, Tensor], dst: Path) -> None:
         """Read back what was written anew; the other shards are the old files."""
-        written = read_index(folder / self.index.path.name, self.index.load)
+        written = read_index(folder / self.index.path.name, self.index.options)
         if written.weight_map != self.index.weight_map:
             raise read_back_error(dst, "its index")
         for shard, tensors in self.index.by_shard(new).items():
@@ -160,18 +160,7 @@ class ShardedStore(_FolderStore):
             if shard.endswith(".safetensors"):
                 check_rewritten(old, self.index.headers[shard], folder / shard, tensors, dst)
             else:
-                _check_torch(self.index.load(old), written.load(folder / shard), tensors, dst)
-
-
-def _load(path: Path, options: ReadOptions) -> TorchFile:
-    from .torchfile import load_torch
-
-    return load_torch(
-        path,
-        opaque=options.opaque,
-        allow_globals=options.allow_globals,
-        allow_compressed=options.allow_compressed,
-    )
+                _check_torch(self.index.load(shard), written.load(shard), tensors, dst)
 
 
 def _check_torch(old: TorchFile, written: TorchFile, tensors: dict[str, Tensor], dst: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from .header import Header, read_header
 from .places import StrPath, human_size, points_outside
 from .safetensors import header_of, read_tensor
 from .sniff import sniff
+from .stores import ReadOptions
 from .stream import Source
 from .strict_json import StrictJsonError, parse_object
 
@@ -20,18 +21,10 @@ if TYPE_CHECKING:
 
     from .torchfile import TorchFile
 
-__all__ = ["LoadTorch", "ShardIndex", "other_checkpoints", "read_index"]
+__all__ = ["ShardIndex", "other_checkpoints", "read_index"]
 
 _LARGEST_INDEX = 64_000_000  # bytes, seven times that of the largest model known
 _TORCH = (".bin", ".pt", ".pth")
-
-LoadTorch = Callable[[Path], "TorchFile"]
-
-
-def _load_torch(path: Path) -> TorchFile:
-    from .torchfile import load_torch
-
-    return load_torch(path)
 
 
 @dataclass(frozen=True)
@@ -42,13 +35,13 @@ class ShardIndex:
         path: the index.
         content: what is in it, ``weight_map`` and more.
         headers: by the name of each shard, what is in that; of a torch shard without offsets.
-        load: reads a torch shard.
+        options: how torch shards are loaded.
     """
 
     path: Path
     content: Mapping[str, Any]
     headers: Mapping[str, Header]
-    load: LoadTorch = field(default=_load_torch, repr=False, compare=False)
+    options: ReadOptions
     _last: dict[str, TorchFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -78,25 +71,27 @@ class ShardIndex:
         shard = self.weight_map[name]
         if shard.endswith(".safetensors"):
             return read_tensor(self.folder / shard, self.headers[shard], name)
-        tensor: Tensor = self._load(shard).tree[name]
+        if shard not in self._last:  # one is kept, because names come shard by shard
+            self._last.clear()
+            self._last[shard] = self.load(shard)
+        tensor: Tensor = self._last[shard].tree[name]
         return tensor
 
-    def _load(self, shard: str) -> TorchFile:
-        """Load a torch shard; the last one is kept, because names come shard by shard."""
-        if shard not in self._last:
-            self._last.clear()
-            self._last[shard] = self.load(self.folder / shard)
-        return self._last[shard]
+    def load(self, shard: str) -> TorchFile:
+        """Load a torch shard."""
+        from .torchfile import load_torch
+
+        return load_torch(self.folder / shard, self.options)
 
 
-def read_index(path: StrPath, load: LoadTorch = _load_torch) -> ShardIndex:
+def read_index(path: StrPath, options: ReadOptions | None = None) -> ShardIndex:
     """Read the index of a sharded checkpoint and check it against its shards.
 
     Imports no torch if the shards are safetensors.
 
     Args:
         path: **path** of the index, or of a folder with one in it.
-        load: **callable(path) -> TorchFile**, reads torch shards. Default: ``load_torch``
+        options: **ReadOptions**, how torch shards are loaded. Default: None, ``ReadOptions()``
 
     Raises:
         RefusedError: a shard lies outside the folder, or is of a kind that is not handled; the
@@ -110,12 +105,12 @@ def read_index(path: StrPath, load: LoadTorch = _load_torch) -> ShardIndex:
         sniff(place)
         place = next(iter(sorted(place.glob("*.index.json"))))
     content = _read_content(place)
-    index = ShardIndex(place, content, {}, load)
+    index = ShardIndex(place, content, {}, options or ReadOptions())
     for shard in sorted(set(index.weight_map.values())):
         _check_shard(place, shard)
     headers = {shard: _read_shard(index, shard) for shard in sorted(set(index.weight_map.values()))}
     _check_agreement(place, index.weight_map, headers)
-    return ShardIndex(place, content, headers, load)
+    return replace(index, headers=headers)
 
 
 def _read_content(path: Path) -> dict[str, Any]:
@@ -163,7 +158,7 @@ def _check_shard(index: Path, shard: str) -> None:
 def _read_shard(index: ShardIndex, shard: str) -> Header:
     if shard.endswith(".safetensors"):
         return read_header(index.folder / shard)
-    tree = index.load(index.folder / shard).tree
+    tree = index.load(shard).tree
     if not isinstance(tree, Mapping):
         raise ReadError(f"shard {shard!r} of {index.path} is no mapping of names to tensors.")
     return header_of(tree)

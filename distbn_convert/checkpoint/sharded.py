@@ -109,7 +109,7 @@ def _write_shard(
         return
     from .torchfile import save_torch
 
-    loaded = index.load(index.folder / shard)
+    loaded = index.load(shard)
     for name, tensor in new.items():
         loaded.tree[name] = tensor
     save_torch(loaded, file)

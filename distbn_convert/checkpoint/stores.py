@@ -119,9 +119,9 @@ def open_store(path: Path, options: ReadOptions) -> Store:
     """
     kind = sniff(path)
     if kind is Kind.TORCH_ZIP or kind is Kind.TORCH_LEGACY:
-        from .torchstore import open_torch
+        from .torchstore import TreeStore
 
-        return open_torch(path, kind.value, options)
+        return TreeStore(path, kind.value, options)
     if kind is Kind.SHARDED:
         from .folderstore import ShardedStore
 

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ReadError, RefusedError
 from .allowed import allowed_globals, is_ordinary
 from .opaque import opaque_pickle, scan_globals
 from .places import access_error, is_refusal
+from .stores import ReadOptions
 from .zips import reading_zip, starts_as_zip
 
 __all__ = ["TorchFile", "load_torch", "save_torch", "unknown_globals"]
@@ -51,20 +52,12 @@ class TorchFile:
     zipped: Path | None = None
 
 
-def load_torch(
-    path: Path,
-    *,
-    opaque: bool = False,
-    allow_globals: Sequence[str] = (),
-    allow_compressed: bool = False,
-) -> TorchFile:
+def load_torch(path: Path, options: ReadOptions) -> TorchFile:
     """Load a checkpoint onto the CPU, mapped into memory where the format permits.
 
     Args:
         path: a torch zip or a legacy file.
-        opaque: carry unknown objects through as inert stand-ins. Default: False
-        allow_globals: full names of classes that may be made. Default: none
-        allow_compressed: do not refuse a suspicious compression ratio. Default: False
+        options: how; with ``opaque`` unknown objects are carried through as inert stand-ins.
 
     Raises:
         RefusedError: unknown Python objects, or a compression ratio above 100.
@@ -72,14 +65,14 @@ def load_torch(
         FileAccessError: the system cannot read it.
     """
     zipped = starts_as_zip(path)
-    stored = zipped and _check_members(path, allow_compressed)
+    stored = zipped and _check_members(path, options.allow_compressed)
     result = TorchFile(None, _protocol(path, zipped), zipped=path if zipped else None)
-    extra = allowed_globals(allow_globals)
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    if opaque:
+    extra = allowed_globals(options.allow_globals)
+    loading: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    if options.opaque:
         # torch gives every name in the file to this module, whose stand-ins run nothing.
         result.pickle_module = opaque_pickle()
-        options.update(weights_only=False, pickle_module=result.pickle_module)
+        loading.update(weights_only=False, pickle_module=result.pickle_module)
     try:
         with (
             warnings.catch_warnings(),
@@ -89,16 +82,16 @@ def load_torch(
             warnings.simplefilter("ignore")
             # torch takes *.safetensors for that, whatever is in it, and maps by the UTF-8 name.
             if stored and path.suffix != ".safetensors" and _is_utf8(path):
-                result.tree = torch.load(str(path), mmap=True, **options)
+                result.tree = torch.load(str(path), mmap=True, **loading)
                 result.mapped = path
             else:
                 with open(path, "rb") as file:
-                    result.tree = torch.load(file, **options)
+                    result.tree = torch.load(file, **loading)
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:
-        raise _explain(path, error, opaque, {name for _, name in extra}) from error
-    if opaque:
+        raise _explain(path, error, options.opaque, {name for _, name in extra}) from error
+    if options.opaque:
         names = result.pickle_module.globals()
         result.opaque_globals = [name for name in names if not is_ordinary(name)]
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):

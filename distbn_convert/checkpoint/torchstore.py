@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,21 +21,21 @@ from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, spell_out, walk_leaves, walk_mappings
 from .zipcopy import checksums_beside, plan_copy
 
-__all__ = ["Counted", "TreeStore", "open_torch", "write_tree"]
+__all__ = ["Counted", "TreeStore", "write_tree"]
 
 
 class TreeStore:
     """A loaded tree, edited in place and saved as a torch zip.
 
     Args:
-        path: of the checkpoint.
+        path: a torch zip or a legacy file.
         format: its name in reports.
-        file: what was loaded.
-        options: how.
+        options: how to load it.
     """
 
-    def __init__(self, path: Path, format: str, file: TorchFile, options: ReadOptions) -> None:
-        self.path, self.format, self.file, self.options = path, format, file, options
+    def __init__(self, path: Path, format: str, options: ReadOptions) -> None:
+        self.path, self.format, self.options = path, format, options
+        self.file = file = load_torch(path, options)
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
@@ -110,17 +111,6 @@ def _is_mean(key: Any) -> bool:
     return isinstance(key, str) and key.endswith("running_mean")
 
 
-def open_torch(path: Path, format: str, options: ReadOptions) -> TreeStore:
-    """Load a torch zip or legacy file."""
-    file = load_torch(
-        path,
-        opaque=options.opaque,
-        allow_globals=options.allow_globals,
-        allow_compressed=options.allow_compressed,
-    )
-    return TreeStore(path, format, file, options)
-
-
 def write_tree(
     file: TorchFile, dst: Path, expected: int, options: WriteOptions, reading: ReadOptions
 ) -> None:
@@ -149,12 +139,7 @@ def write_tree(
             stream.flush()
             try:
                 check_zip(stream.name, dst, back.checksums())
-                again = load_torch(
-                    Path(stream.name),
-                    opaque=reading.opaque,
-                    allow_globals=reading.allow_globals,
-                    allow_compressed=True,
-                )
+                again = load_torch(Path(stream.name), replace(reading, allow_compressed=True))
             except ReadError as error:
                 if file.mapped is not None:
                     check_zip(file.mapped)  # a damage that was copied
