@@ -257,7 +257,8 @@ class DistBatchNormMixin(_BatchNorm):
 
     def _is_plain_counter(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether there is one counter in a vector, as torch takes it, beside plain statistics."""
-        count, mean = (state_dict.get(prefix + STATISTICS[place]) for place in (2, 0))
+        count = state_dict.get(prefix + "num_batches_tracked")
+        mean = state_dict.get(prefix + "running_mean")
         one = isinstance(count, Tensor) and count.shape == (1,)
         return one and isinstance(mean, Tensor) and mean.dim() == 1
 

@@ -15,13 +15,13 @@ from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
 from .readback import LARGE, ReadBack, reading_back
-from .stores import Mappings, Place, Progress, ReadOptions, WriteOptions, read_back_error
-from .stream import Sink
+from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
+from .stream import Progress, Sink
 from .torchfile import TorchFile, load_torch, save_torch
 from .tree import specs_of, spell_out, walk_leaves, walk_mappings
 from .zipcopy import checksums_beside, plan_copy
 
-__all__ = ["Counted", "TreeStore", "write_tree"]
+__all__ = ["TreeStore", "write_tree"]
 
 
 class TreeStore:
@@ -130,7 +130,7 @@ def write_tree(
         reading_back(stream, options.verify, options.fsync) as back,
     ):
         if plan is None:
-            save_torch(file, Counted(stream, options.progress, expected, back))
+            save_torch(file, _Counted(stream, options.progress, expected, back))
         else:
             for part in plan.write(Sink(stream, expected, options.progress)):
                 if back is not None:
@@ -144,23 +144,16 @@ def write_tree(
                 if file.mapped is not None:
                     check_zip(file.mapped)  # a damage that was copied
                 raise read_back_error(dst, "a checksum") from error
+            # Where a checksum was compared of every byte, the two ends of a large tensor are enough
+            # to show that it did not change places with another.
             ends = plan is not None or torch.serialization.get_crc32_options()
-            _compare(file, again, dst, ends)
+            difference = first_difference(file.tree, again.tree, ends=ends)
+            if difference is not None:
+                raise read_back_error(dst, difference)
         options.before_publish()
 
 
-def _compare(file: TorchFile, again: TorchFile, dst: Path, ends: bool) -> None:
-    """Compare what was read back with what was meant.
-
-    If every byte was compared with a checksum, of large tensors, which those bytes are, the two
-    ends are compared as well, in case they changed places.
-    """
-    difference = first_difference(file.tree, again.tree, ends=ends)
-    if difference is not None:
-        raise read_back_error(dst, difference)
-
-
-class Counted:
+class _Counted:
     """A file that tells how much was written to it, and has large parts read back at once."""
 
     def __init__(
@@ -168,7 +161,7 @@ class Counted:
         file: IO[bytes],
         progress: Progress | None,
         expected: int,
-        back: ReadBack | None = None,
+        back: ReadBack | None,
     ) -> None:
         self._file, self._progress, self._expected, self._back = file, progress, expected, back
         self._written = 0

@@ -58,7 +58,22 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
         $ distbn-convert models resnet18
         resnet18  20
     """
-    _list(names, as_json)
+    from ..models import count_batch_norms, list_models
+
+    with _needs_torchvision():
+        matched = list_models(include=list(names) or None)
+    if not matched:
+        raise click.UsageError(
+            f"expected names of torchvision models, but none matches {', '.join(names)}; "
+            "run the command without names to see them all."
+        )
+    if as_json:
+        counts = {name: count_batch_norms(name) for name in matched}
+        echo_json({"schema": 1, "command": "models", "batch_norms": counts})
+        return
+    width = max(map(len, matched))
+    for name in matched:  # one by one, as they all take a while
+        say(f"{name:{width}}  {count_batch_norms(name)}")
 
 
 @models.command(cls=Writing)
@@ -100,25 +115,6 @@ def export(
         echo_json(document, err=dst == "-")
         return
     say(f"wrote {name} with {vt_world_size} virtual ranks to {dst}", err=dst == "-")
-
-
-def _list(names: tuple[str, ...], as_json: bool) -> None:
-    from ..models import count_batch_norms, list_models
-
-    with _needs_torchvision():
-        matched = list_models(include=list(names) or None)
-    if not matched:
-        raise click.UsageError(
-            f"expected names of torchvision models, but none matches {', '.join(names)}; "
-            "run the command without names to see them all."
-        )
-    if as_json:
-        counts = {name: count_batch_norms(name) for name in matched}
-        echo_json({"schema": 1, "command": "models", "batch_norms": counts})
-        return
-    width = max(map(len, matched))
-    for name in matched:  # one by one, as they all take a while
-        say(f"{name:{width}}  {count_batch_norms(name)}")
 
 
 @contextmanager
