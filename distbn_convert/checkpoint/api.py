@@ -102,7 +102,6 @@ def revert_checkpoint(
     from .edit import pooled_excess, reduce_groups
 
     check_reduction(reduction, 0, 1)
-    notes: list[str] = []
 
     def compute(store: Store, chosen: list[Group]) -> Replacements:
         new = reduce_groups(chosen, store.tensor, reduction, rank)
@@ -112,13 +111,13 @@ def revert_checkpoint(
                 for group in chosen
             )
             if excess > 0.05:
-                notes.append(
+                job.notes.append(
                     "the running means differ between ranks, which 'mean' ignores; 'pooled' would "
                     f"give up to {excess:.0%} larger variances."
                 )
         return new
 
-    job = Job("revert", src, dst, Options(**options), notes)
+    job = Job("revert", src, dst, Options(**options))
     return job.run("virtual", "reverted", compute, reduction=reduction)
 
 

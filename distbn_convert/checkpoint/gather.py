@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError, ReadError
 from .compare import differences, same_bits
 from .edit import Replacements, gather_groups
-from .groups import Group, dotted
+from .groups import Group, TensorSpec, dotted
 from .intact import check_checksums
 from .job import Job
 from .options import Options
@@ -21,6 +21,7 @@ from .torchstore import TreeStore
 
 __all__ = ["gather_checkpoints"]
 
+_Specs = Mapping[Any, TensorSpec | None]
 _REDUCTIONS = ("stack", "mean", "pooled")
 
 
@@ -69,7 +70,6 @@ def gather_checkpoints(
             f"expected at least two inputs and another output, but got {len(srcs)} inputs"
             f"{' and in_place' if chosen_options.in_place else ''}."
         )
-    notes: list[str] = []
 
     def compute(first: Store, chosen: list[Group]) -> Replacements:
         stores = [first]
@@ -83,12 +83,12 @@ def gather_checkpoints(
             job.watch_read(path, stores[-1])
             found = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, found.chosen))
-            notes.extend(_other_differences(src, stores, chosen))
+            job.notes.extend(_other_differences(src, stores, chosen))
             if chosen_options.verify:
                 stores[-1].check([(group.path, key) for group in chosen for key in group.keys])
         return gather_groups(chosen, [store.tensor for store in stores], reduction)
 
-    job = Job("gather", srcs[0], dst, chosen_options, notes)
+    job = Job("gather", srcs[0], dst, chosen_options)
     report = job.run("any", "gathered", compute, reduction=reduction)
     report.virtual_ranks = None
     if reduction == "stack":
@@ -105,7 +105,7 @@ def _check_same(
     statistics = {(group.path, key) for group in groups[0] for key in group.keys}
     grad = all(isinstance(store, TreeStore) for store in (stores[0], stores[-1]))
     found = []
-    for (path, specs), (_, others) in _paired(stores, groups[0]):
+    for path, specs, others in _paired(stores, groups[0]):
         keys = [key for key, spec in specs.items() if spec is not None]
         for key in [*keys, *(k for k, spec in others.items() if spec and k not in specs)]:
             spec, other = specs.get(key), others.get(key)
@@ -122,8 +122,8 @@ def _check_same(
                 found.append(f"the values of {where} differ")
     if not found:  # then there may be more in a mapping that the first file does not have
         known = {(group.path, group.keys) for group in groups[0]}
-        others = [group for group in groups[1] if (group.path, group.keys) not in known]
-        found = [f"{group.full_name} is in {second} alone" for group in others]
+        added = [group for group in groups[1] if (group.path, group.keys) not in known]
+        found = [f"{group.full_name} is in {second} alone" for group in added]
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ReadError(
@@ -132,13 +132,15 @@ def _check_same(
         )
 
 
-def _paired(stores: list[Store], groups: list[Group]) -> Iterator[Any]:
-    """Pair the mappings that hold the groups with those of the last store."""
+def _paired(
+    stores: list[Store], groups: list[Group]
+) -> Iterator[tuple[tuple[Any, ...], _Specs, _Specs]]:
+    """Yield the path of each mapping that holds groups, what is in it, and in the last store's."""
     paths = {group.path for group in groups}
     others = dict(stores[-1].mappings())
     for path, specs in stores[0].mappings():
         if path in paths:
-            yield (path, specs), (path, others.get(path, {}))
+            yield path, specs, others.get(path, {})
 
 
 def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -> Iterator[str]:
@@ -147,7 +149,7 @@ def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -
         return
     compared = {
         (*path, key)
-        for (path, specs), _ in _paired(stores, groups)
+        for path, specs, _ in _paired(stores, groups)
         for key, spec in specs.items()
         if spec is not None
     }

@@ -41,21 +41,16 @@ class Job:
         src: the input.
         dst: the output; None with ``in_place``.
         options: what the caller wants.
-        notes: filled by ``compute`` with what the user should know.
+
+    Attributes:
+        notes: what the user should know; ``compute`` may add to them.
 
     Raises:
         ConfigurationError: no output, or one that contradicts the format.
         CheckpointError: the output exists or cannot be written; the input is not there.
     """
 
-    def __init__(
-        self,
-        command: str,
-        src: StrPath,
-        dst: StrPath | None,
-        options: Options,
-        notes: list[str] | None = None,
-    ) -> None:
+    def __init__(self, command: str, src: StrPath, dst: StrPath | None, options: Options) -> None:
         self.started = time.monotonic()
         self.command, self.options = command, options
         self.src = as_path(src)
@@ -69,7 +64,7 @@ class Job:
         self._check_shards()
         self._backup = Backup(self.root) if options.in_place and options.backup else None
         self.dst = self._place(None if dst is None else as_path(dst))
-        self.notes = notes if notes is not None else []
+        self.notes: list[str] = []
 
     def run(
         self,
@@ -289,7 +284,7 @@ def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:
         )
 
 
-def file_info(path: Path, format: str, sha256: bool = False) -> FileInfo:
+def file_info(path: Path, format: str, sha256: bool) -> FileInfo:
     """Describe a file, with its SHA-256 if wanted, or a folder with the files in it."""
     if path.is_dir():
         size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
