@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distbn_convert.kernels.gpu import launch
 from distbn_convert.kernels.gpu.launch import Share
-from distbn_convert.kernels.gpu.rule import MULTIPROCESSORS, Choice
+from distbn_convert.kernels.gpu.rule import MULTIPROCESSORS, Choice, power_of_two
 from tests.dispatched import nothing_launched
 
 FORMATS = [("contiguous", "bf16"), ("contiguous", "fp32"), ("channels_last", "bf16")]
@@ -134,11 +134,6 @@ def tiles(warps: tuple[int, ...], values: tuple[int, ...]) -> Iterator[tuple[int
     """Warps, and the size of a tile with so many values for each thread."""
     for count, each in itertools.product(warps, values):
         yield count, 32 * count * each
-
-
-def power_of_two(number: int) -> int:
-    """Return the next power of two."""
-    return 1 << (number - 1).bit_length()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbn_convert.checkpoint.atomic import atomic_output, same_file
-from distbn_convert.checkpoint.places import human_size
+from distbn_convert.checkpoint.atomic import atomic_output
+from distbn_convert.checkpoint.places import human_size, same_file
 from distbn_convert.checkpoint.temporaries import new_temporary
 from distbn_convert.errors import FileAccessError, OutputExistsError
 

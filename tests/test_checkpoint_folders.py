@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from distbn_convert.checkpoint.atomic import atomic_folder, atomic_output
+from distbn_convert.checkpoint.atomic import atomic_output
+from distbn_convert.checkpoint.folders import atomic_folder
 from distbn_convert.errors import FileAccessError, OutputExistsError
 
 from .places import largest_file, mode, names, restrict, umask

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distbn_convert.checkpoint.atomic import atomic_folder, atomic_output
+from distbn_convert.checkpoint.atomic import atomic_output
+from distbn_convert.checkpoint.folders import atomic_folder
 
 from .places import access_list, mode, names, set_access_list
 

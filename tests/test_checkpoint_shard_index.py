@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distbn_convert.checkpoint.sharded import read_index
+from distbn_convert.checkpoint.shard_index import read_index
 from distbn_convert.errors import ReadError, RefusedError
 
 from .checkpoints import write_index
@@ -132,7 +132,7 @@ def test_reading_an_index_of_safetensors_imports_no_torch(tmp_path: Path) -> Non
     save_file({"a": torch.zeros(2)}, tmp_path / "1.safetensors")
     path = write_index(tmp_path, {"a": "1.safetensors"})
     code = (
-        "import sys; from distbn_convert.checkpoint.sharded import read_index\n"
+        "import sys; from distbn_convert.checkpoint.shard_index import read_index\n"
         "print(*read_index(sys.argv[1]).weight_map, 'torch' in sys.modules)"
     )
     done = subprocess.run(

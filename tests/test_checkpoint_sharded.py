@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distbn_convert.checkpoint import carry, convert_checkpoint, shard_index
+from distbn_convert.checkpoint.shard_index import ShardIndex, read_index
 from distbn_convert.checkpoint.sharded import (
-    ShardIndex,
     other_weights,
     read_accelerate,
-    read_index,
     write_accelerate,
     write_sharded,
 )

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputExistsError
-from .folders import atomic_folder
 from .places import (
     StrPath,
     access_error,
     check_space,
     find_disk_full,
     output_place,
-    same_file,
     stat_or_none,
     sync_folder,
     take_over,
@@ -32,7 +30,7 @@ from .places import (
 from .rename import rename_to_free_name
 from .temporaries import new_temporary, remove_stale, remove_temporary
 
-__all__ = ["atomic_folder", "atomic_output", "same_file"]
+__all__ = ["atomic_output"]
 
 _BUFFER = 1 << 20  # bytes; what is larger goes to the system uncopied
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .places import access_error
+from .places import access_error, raise_unreadable
 from .readback import same_bytes_of
 from .temporaries import is_temporary
 
@@ -30,15 +30,11 @@ def files_beside(path: Path, own: Collection[Path]) -> dict[str, Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, onerror=_raise):
+    for place, folders, files in os.walk(folder, onerror=raise_unreadable):
         folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
         for file in (Path(place, name) for name in files if not is_temporary(name)):
             if file.is_file():
                 yield file
-
-
-def _raise(error: OSError) -> None:
-    raise access_error(f"cannot read {error.filename}", error) from error
 
 
 def same_content(first: Path, second: Path) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path, PurePath
 from typing import IO
 
 from ..errors import RefusedError
-from .atomic import atomic_folder, atomic_output, same_file
-from .folders import check_nothing_lost
-from .places import StrPath, access_error, take_over, told
+from .atomic import atomic_output
+from .folders import atomic_folder, check_nothing_lost
+from .places import StrPath, access_error, raise_unreadable, same_file, take_over, told
 from .stores import WriteOptions
 from .stream import Progress, Sink, Source
 from .temporaries import is_temporary
@@ -116,7 +116,7 @@ class _Plan:
         self.folders: list[str] = []
         self.files: list[str] = []
         self.links: set[str] = set()
-        for place, folders, files in os.walk(source, onerror=_raise) if source else ():
+        for place, folders, files in os.walk(source, onerror=raise_unreadable) if source else ():
             if not in_place and ".git" in folders:
                 folders.remove(".git")
             relative = os.path.relpath(place, source)
@@ -171,10 +171,6 @@ class _Plan:
 
 def _parents(names: Iterable[str]) -> set[str]:
     return {str(parent) for name in names for parent in PurePath(name).parents}
-
-
-def _raise(error: OSError) -> None:
-    raise access_error(f"cannot read {error.filename}", error) from error
 
 
 def _link(old: Path, new: Path) -> bool:

@@ -120,7 +120,7 @@ def data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int | None:
     """Return where in a zip the bytes of a member begin; None if the member is not there."""
     file.seek(info.header_offset)
     header = file.read(_LOCAL.size)
-    if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
+    if len(header) < _LOCAL.size or not header.startswith(MAGIC):
         return None
     _, name, extra = _LOCAL.unpack(header)
     return info.header_offset + _LOCAL.size + int(name) + int(extra)

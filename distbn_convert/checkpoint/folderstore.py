@@ -10,7 +10,8 @@ from .checksums import check_zip
 from .flatstore import check_rewritten, read_numbers, specs_of_header
 from .groups import TensorSpec
 from .header import Header
-from .sharded import other_weights, read_accelerate, read_index, write_accelerate, write_sharded
+from .shard_index import read_index
+from .sharded import other_weights, read_accelerate, write_accelerate, write_sharded
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
 from .zips import starts_as_zip
 

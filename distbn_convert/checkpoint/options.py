@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import ConfigurationError
 from .groups import Selection
-from .stores import Progress, ReadOptions
+from .stores import ReadOptions
+from .stream import Progress
 
 __all__ = ["FORMATS", "Options", "parse_size"]
 

@@ -24,6 +24,7 @@ __all__ = [
     "is_refusal",
     "output_place",
     "points_outside",
+    "raise_unreadable",
     "same_file",
     "stat_or_none",
     "sync_folder",
@@ -82,6 +83,11 @@ def access_error(
     error = FileAccessError(f"{what}: {reason}.")
     error.errno = cause.errno
     return error
+
+
+def raise_unreadable(error: OSError) -> None:
+    """Raise what ``os.walk`` met as a sentence."""
+    raise access_error(f"cannot read {error.filename}", error) from error
 
 
 def is_refusal(error: BaseException) -> TypeGuard[OSError]:

@@ -15,7 +15,7 @@ from .carry import Writer, write_folder
 from .header import Header, read_header
 from .places import StrPath
 from .safetensors import rewrite
-from .shard_index import ShardIndex, other_checkpoints, read_index
+from .shard_index import ShardIndex, other_checkpoints
 from .stores import WriteOptions
 from .stream import Progress
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ShardIndex",
     "other_weights",
     "read_accelerate",
-    "read_index",
     "write_accelerate",
     "write_sharded",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
 from .places import StrPath, access_error, human_size, stat_or_none
-from .zips import CUT_SHORT, reading_zip
+from .zips import CUT_SHORT, MAGIC, reading_zip
 
 __all__ = ["Kind", "sniff"]
 
@@ -113,7 +113,7 @@ def _sniff_file(path: StrPath, size: int) -> Kind:
         head = file.read(1024)
     if not head:
         raise ReadError(f"{path} is empty (0 bytes); {CUT_SHORT}.")
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(MAGIC):
         return _sniff_zip(path)
     if re.match(rb"\x80[\x02-\x05]", head):
         return _sniff_pickle(path, head)

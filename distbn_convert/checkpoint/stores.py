@@ -13,6 +13,7 @@ from ..errors import VerificationError
 from .atomic import atomic_output
 from .groups import TensorSpec
 from .sniff import Kind, sniff
+from .stream import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Place",
-    "Progress",
     "ReadOptions",
     "Store",
     "WriteOptions",
@@ -29,7 +29,6 @@ __all__ = [
     "read_back_error",
 ]
 
-Progress = Callable[[int, int], None]  # bytes written so far, bytes expected
 Place = tuple[tuple[Any, ...], Any]  # path of a mapping, key in it
 Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
 

@@ -19,7 +19,7 @@ from .pieces import sum_ranks
 from .pipelined import pipelined_backward, pipelined_forward
 from .planes import planes_backward, planes_forward
 from .resident import resident_backward, resident_forward
-from .rule import MULTIPROCESSORS, WAITING, Choice, select_kernel
+from .rule import MULTIPROCESSORS, WAITING, Choice, power_of_two, select_kernel
 from .split import (
     merge_gradients,
     merge_moments,
@@ -128,7 +128,7 @@ class Share(NamedTuple):
         divisor = self.positions if self.sized else -1
         lanes = 1
         if choice.kind == "planes":
-            columns = _power_of_two(choice.channels * self.positions)
+            columns = power_of_two(choice.channels * self.positions)
             vector = math.gcd(choice.channels * self.positions, self.channels * self.positions)
             vector = lanes = math.gcd(vector, _VECTOR_BYTES // self.itemsize)
         else:
@@ -151,7 +151,7 @@ class Share(NamedTuple):
         )
         constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
         if choice.kind in WAITING:
-            constants["SPLITS"] = _power_of_two(choice.splits)
+            constants["SPLITS"] = power_of_two(choice.splits)
         if choice.kind == "pipelined":
             constants["launch_cooperative_grid"] = True
         if choice.registers:
@@ -162,7 +162,7 @@ class Share(NamedTuple):
         """What the kernels that merge the pieces of a split are compiled for."""
         tile = make_tile(1, _MERGE_CHANNELS, 1, 0, True, False, self.wide(), False, False)
         constants = {"TILE": tile, "num_warps": 4, "enable_fp_fusion": True}
-        return {"SPLITS": _power_of_two(choice.splits), **constants}
+        return {"SPLITS": power_of_two(choice.splits), **constants}
 
     def slabs(self, width: int) -> int:
         """Blocks of ``width`` channels of every rank."""
@@ -177,11 +177,6 @@ class Share(NamedTuple):
             visits = 2 if choice.kind == "ticketed" else 1
             return (visits * slabs * choice.splits,)
         return slabs, choice.splits
-
-
-def _power_of_two(number: int) -> int:
-    """Return the next power of two."""
-    return 1 << (number - 1).bit_length()
 
 
 class Plan(NamedTuple):

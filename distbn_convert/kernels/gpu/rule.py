@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "select_kernel"]
+__all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "power_of_two", "select_kernel"]
 
 # Kinds whose programs wait for others, and those of them that may be chosen.
 WAITING = frozenset({"cooperative", "pipelined", "ticketed"})
@@ -149,8 +149,8 @@ def _planes(
 ) -> Choice | None:
     """Choose whole channels, if their tile is not mostly empty, or none."""
     # Channels that make small programs: 2 of 16 bits, 4 of 32.
-    width = min(itemsize, _power_of_two(channels))
-    rows, columns = _power_of_two(samples), _power_of_two(width * positions)
+    width = min(itemsize, power_of_two(channels))
+    rows, columns = power_of_two(samples), power_of_two(width * positions)
     if rows * columns > 2 * samples * width * positions:
         return None
     warps = max(rows * columns // (32 * (32 if backward else 64)), 1)
@@ -162,7 +162,7 @@ def _resident(values: int, held: int, itemsize: int, vector: int, two: bool) -> 
 
     ``two`` is whether it moves two tensors at once.
     """
-    rows = _power_of_two(values)
+    rows = power_of_two(values)
     most = _MAX_WARPS
     if vector == 1:
         each = 8 if two else 64 // itemsize
@@ -182,7 +182,7 @@ def _resident_lanes(widths: list[int], values: int) -> Choice | None:
     """Choose a program that holds a block of channels of a share, or none."""
     if values > _HELD_ROWS:
         return None
-    rows = _power_of_two(values)
+    rows = power_of_two(values)
     width = next(width for width in widths if rows * width <= 32 * 32 * _MAX_WARPS)
     return Choice("resident", rows, width, min(max(rows * width // (32 * 32), 1), _MAX_WARPS))
 
@@ -251,7 +251,7 @@ def _cooperative(
                 registers = 64 if fits else 0
                 return Choice(
                     "cooperative",
-                    _power_of_two(size),
+                    power_of_two(size),
                     1,
                     warps,
                     splits,
@@ -283,10 +283,10 @@ def _pipelined(
         fits = programs // -(-values * width // held)
         groups = min(fits, slabs // _LEAST_SLABS)
         if groups > 0:
-            groups = _power_of_two(groups + 1) // 2
+            groups = power_of_two(groups + 1) // 2
             size = -(-values // (programs // groups))
             splits, warps = -(-values // size), _PIPELINED_WARPS
-            return Choice("pipelined", _power_of_two(size), width, warps, splits, size, 0, groups)
+            return Choice("pipelined", power_of_two(size), width, warps, splits, size, 0, groups)
     return None
 
 
@@ -328,7 +328,7 @@ def _split(
     return Choice("split", tile, width, 4, -(-values // size), size)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """Return the next power of two."""
     return 1 << (number - 1).bit_length()
 
@@ -344,7 +344,7 @@ def _held_values(backward: bool, residual: bool, itemsize: int, vector: int) -> 
 
 def _channel_widths(channels: int, itemsize: int) -> list[int]:
     """Return channels that make 256, 128, 64 and 32 adjacent bytes; all there are if fewer."""
-    every = _power_of_two(channels)
+    every = power_of_two(channels)
     return [min(every, size // itemsize) for size in (256, 128, 64, 32)]
 
 
