@@ -18,7 +18,8 @@ Path = tuple[Any, ...]
 _END = 4096  # elements
 _PICKLE = opaque_pickle()
 
-# Have attributes that are not saved: torch notes on a storage that it comes from a legacy file.
+# Not looked into: their attributes are not saved, such as torch's note that a storage comes from a
+# legacy file.
 _WHOLE = (Tensor, torch.UntypedStorage, torch.storage.TypedStorage, InertGlobal, type)
 
 Parts = list[tuple[Any, Any]]
@@ -50,8 +51,8 @@ def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
 
 def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[Path, str]]:
     """Yield the path of each place where two trees differ, and how, in the order of the first."""
-    # What is the same, or was looked into. What differs is told wherever it stands: Python keeps
-    # one object of a small number.
+    # Pairs that are the same, or were looked into. Those that differ are told at each of their
+    # places: Python has one object for all that are the same small number.
     same: set[tuple[int, int]] = set()
     stack: list[tuple[Path, Any, Any]] = [((), first, second)]
     while stack:

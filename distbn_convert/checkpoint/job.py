@@ -119,7 +119,7 @@ class Job:
     def watch(self, path: Path) -> None:
         """Remember what an input is like before it is opened; it must be the same at the end.
 
-        With an index that is its whole folder, all of which may be carried over.
+        Of an index its whole folder is watched, as all of it may be carried over.
         """
         self._before[path] = _identities(path, _files_of(path))
         self._whole.add(path)
@@ -263,9 +263,9 @@ class Job:
 
 
 def _new_format(kind: Kind, wanted: str, state: str | None) -> str | None:
-    """Return the format in which a state dict is written; None to keep the input's, with all else.
+    """Return the format in which one state dict is written; None keeps the input's and all else.
 
-    That of the input is given to take one state dict out.
+    With ``state`` it may be the input's own: then that state dict alone is taken out.
     """
     own = {Kind.TORCH_ZIP: "torch", Kind.TORCH_LEGACY: "torch", Kind.SAFETENSORS: "safetensors"}
     same = wanted == own.get(kind) and state is None

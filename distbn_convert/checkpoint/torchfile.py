@@ -104,7 +104,7 @@ def load_torch(path: Path, options: ReadOptions) -> TorchFile:
 
 @contextmanager
 def _mapping_privately() -> Iterator[None]:
-    """Share no map, even if torch was told to: it turns bytes round there, and so in the file."""
+    """Map privately even if torch was told to share: it swaps bytes in memory, thus in the file."""
     shared = getattr(mmap, "MAP_SHARED", None)  # Windows has none
     if shared is None or torch.serialization.get_default_mmap_options() != shared:
         yield

@@ -15,11 +15,11 @@ from .opaque import InertObject
 __all__ = ["node_at", "spec_of", "specs_of", "spell_out", "walk_leaves", "walk_mappings"]
 
 Path = tuple[Any, ...]
-# A path that nobody has asked for: the way to the node above, and a key there.
+# A path as a linked list, as few are ever asked for: that of the node above, and a key there.
 _Way = tuple["_Way", Any] | None
-# Keys that lead to a mapping, each of which keeps them all.
+# The most keys that lead to a mapping; the memory for all paths grows with the square of it.
 _DEEPEST = 1000
-_MOST_PLACES = 1_000_000  # of containers that are shared, which can be at ever more
+_MOST_PLACES = 1_000_000  # of shared containers, which nesting can multiply without end
 
 
 def walk_mappings(

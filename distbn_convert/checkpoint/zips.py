@@ -32,8 +32,8 @@ def reading_zip(
         fault: **str**, what is wrong if reading fails. Default: the directory is
 
     Yields:
-        zipfile.ZipFile: open for reading. A checksum of 0, which torch writes if it shall take
-            none, becomes None: then it is not missed.
+        zipfile.ZipFile: open for reading. A checksum of 0, which torch writes where it is told to
+            compute none, becomes None, so that nothing is compared with it.
 
     Raises:
         ReadError: it is damaged, also if the directory leads before the start of the file.

@@ -57,7 +57,10 @@ _ended: list[bool] = []  # set before the signals are ignored, which takes a mom
 
 
 def stop_behind(error: BaseException) -> BaseException:
-    """Return the signal that came, else the error: an import in C swallows one, then fails."""
+    """Return the signal that came, else the error.
+
+    C code that imports something can swallow the signal, and then fails with an error of its own.
+    """
     return _stopped_by[-1] if _stopped_by else error
 
 
@@ -86,7 +89,7 @@ def catch_signals() -> None:
 def _raise_or_wait(_number: int, frame: FrameType | None) -> None:
     """Raise the signal that came, once nothing is being imported: torch aborts on exceptions there.
 
-    What imported the program itself does not count.
+    An import that this program itself runs in does not count.
     """
     while frame is not None and frame.f_globals.get("__name__") != __package__:
         if frame.f_globals.get("__name__") == "importlib._bootstrap":
@@ -125,10 +128,9 @@ def ignore_signals() -> None:
 
 
 def allow_color(args: Sequence[str]) -> bool | None:
-    """Return False if colours are unwanted, whatever the stream; None leaves it to click.
+    """Return False if colours are unwanted; None leaves it to click, which colours terminals alone.
 
-    Which then colours nothing that does not go to a terminal. ``NO_COLOR`` is an agreement of many
-    programs (no-color.org): any value but an empty one.
+    ``NO_COLOR`` is an agreement of many programs (no-color.org): any value but an empty one.
     """
     unwanted = {"--no-color", "--json"} & set(args) or os.environ.get("NO_COLOR")
     return False if unwanted or os.environ.get("TERM") == "dumb" else None

@@ -53,8 +53,9 @@ _KERNELS = {
 }
 
 
-# So many S may have kernels of their own, where rows are divided by it. Others share kernels for
-# every S, else inputs of ever other sizes would be compiled for at every step.
+# How many numbers of positions S may have kernels of their own, where rows are divided by S. All
+# others share kernels that take S as an argument, else inputs whose size keeps changing would be
+# compiled for at every step.
 _MOST_SIZES = 16
 _sizes: set[int] = set()
 

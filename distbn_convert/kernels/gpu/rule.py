@@ -30,7 +30,8 @@ _MAX_WARPS = 16
 _MANY_WARPS = 32
 # Values of a share up to which it is held, in channels_last.
 _HELD_ROWS = 512
-# Values of a cooperative piece, and of how many it takes larger ones.
+# Values that a cooperative piece may have, fewest first; more are taken where a share would have
+# more pieces than this.
 _PIECE_TILES = (4096, 8192, 16384)
 _FEW_PIECES = 16
 # At most this part of the multiprocessors waits for one program; see :mod:`.cooperative`.
@@ -48,10 +49,13 @@ _LOOP_ROWS = 2048
 _SMALL_LOOP = 2**15
 # Between the two visits of a ticketed kernel: L2 also holds what is written.
 _L2_BYTES = 14_000_000
-# How many programs a launch that cuts shares aims at, how many pieces of a share in any case if
-# they have so many rows, and the most pieces that a merge holds.
+# How many programs a launch that cuts shares aims at.
 _SPLIT_PROGRAMS = 528
-_SPLITS, _PIECE_ROWS, _LARGE_ROWS = 33, 760, 8192
+# Large shares are cut into more pieces than that takes: up to the first, each of the second's rows.
+_SPLITS, _PIECE_ROWS = 33, 760
+# Values of a share above which its blocks of channels are wide.
+_LARGE_ROWS = 8192
+# Pieces that a merge can hold.
 _MAX_SPLITS = 128
 # Programs of 4 warps that a ticketed kernel keeps busy.
 _LIVE_PROGRAMS = 792
