@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import PLAIN, dotted, key_name
+from .groups import PLAIN, KeyPath, dotted, key_name
 from .opaque import InertGlobal, InertObject, opaque_pickle
 
 __all__ = ["differences", "first_difference", "same_bits"]
 
-Path = tuple[Any, ...]
 _END = 4096  # elements
 _PICKLE = opaque_pickle()
 
@@ -49,12 +48,12 @@ def first_difference(first: Any, second: Any, ends: bool = False) -> str | None:
     return next((f"{dotted(path)}: {what}" for path, what in found), None)
 
 
-def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[Path, str]]:
+def differences(first: Any, second: Any, ends: bool = False) -> Iterator[tuple[KeyPath, str]]:
     """Yield the path of each place where two trees differ, and how, in the order of the first."""
     # Pairs that are the same, or were looked into. Those that differ are told at each of their
     # places: Python has one object for all that are the same small number.
     same: set[tuple[int, int]] = set()
-    stack: list[tuple[Path, Any, Any]] = [((), first, second)]
+    stack: list[tuple[KeyPath, Any, Any]] = [((), first, second)]
     while stack:
         path, one, two = stack.pop()
         pair = id(one), id(two)

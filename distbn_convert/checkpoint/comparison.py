@@ -13,7 +13,7 @@ from ..errors import VerificationError
 from ..replicas import reduce_count, reduce_statistics
 from .beside import files_beside, same_content
 from .compare import differences, same_bits
-from .groups import Group, dotted
+from .groups import Group, KeyPath, dotted
 from .side import Side
 from .stores import Place, Store
 from .torchstore import TreeStore
@@ -75,7 +75,7 @@ class Comparison:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 yield f"{names[0]}{more} in {side.path} had no counterpart in {other.path}."
 
-    def _place(self, number: int, path: tuple[Any, ...], key: Any) -> Hashable | None:
+    def _place(self, number: int, path: KeyPath, key: Any) -> Hashable | None:
         """Name a place alike in both; None if it is outside of the sub-tree.
 
         A flat format joins by dots the keys that a nested one has.

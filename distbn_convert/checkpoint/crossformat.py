@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..errors import RefusedError
 from .edit import Replacements
 from .flatstore import FlatStore
 from .folderstore import AccelerateStore, ShardedStore
-from .groups import Group, TensorSpec, dotted, find_groups, key_name
+from .groups import Group, KeyPath, Specs, dotted, find_groups, key_name
 from .header import Header, merged_metadata
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
@@ -23,8 +22,6 @@ from .torchstore import TreeStore, write_tree
 from .tree import node_at, spec_of, walk_leaves
 
 __all__ = ["for_safetensors", "write_as"]
-
-_Path = tuple[Any, ...]
 
 
 def write_as(
@@ -91,7 +88,7 @@ def for_safetensors(
 
 def _tensors(
     store: Store, replacements: Replacements, state: str | None, holds: str
-) -> tuple[_Path, dict[str, Tensor]]:
+) -> tuple[KeyPath, dict[str, Tensor]]:
     """Return the path of a state dict and its tensors; refuse one that has more than tensors."""
     path, specs = _find(store, state)
     others = [key for key, spec in specs.items() if spec is None]
@@ -107,7 +104,7 @@ def _tensors(
     return path, {key: new[key] if key in new else store.tensor(path, key) for key in specs}
 
 
-def _find(store: Store, state: str | None) -> tuple[_Path, Mapping[Any, TensorSpec | None]]:
+def _find(store: Store, state: str | None) -> tuple[KeyPath, Specs]:
     """Return the path of a state dict, and what is in it."""
     for path, specs in store.mappings():
         if dotted(path) == (state or ""):
@@ -136,7 +133,7 @@ def _size(tree: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if spec_of(tensor).refusal is None)
 
 
-def _headers(store: Store, path: _Path) -> list[Header]:
+def _headers(store: Store, path: KeyPath) -> list[Header]:
     """Return the headers of the files of safetensors that hold a state dict."""
     if isinstance(store, FlatStore):
         return [store.header]

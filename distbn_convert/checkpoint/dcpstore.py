@@ -15,7 +15,7 @@ from .dcp import DcpFolder, read_dcp, write_dcp
 from .dcp_metadata import METADATA
 from .edit import Replacements
 from .flatstore import specs_of_header
-from .groups import TensorSpec
+from .groups import KeyPath, TensorSpec
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 __all__ = ["DcpStore"]
@@ -33,7 +33,7 @@ class DcpStore:
         specs = specs_of_header(self.folder.header)
         self.tensors = len(specs)
         self._names: dict[Place, str] = {}
-        self._specs: dict[tuple[Any, ...], dict[Any, TensorSpec | None]] = {}
+        self._specs: dict[KeyPath, dict[Any, TensorSpec | None]] = {}
         for name in self.folder.metadata.state_dict_metadata:
             where, key = place = self._place(name)
             keys = (*where, key)
@@ -74,11 +74,11 @@ class DcpStore:
             if isinstance(entries.get(index.fqn), BytesStorageMetadata)
         }
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor."""
         return self.folder.read_tensor(self._names[path, key])
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor."""
         values: list[float] = self.tensor(path, key).flatten().tolist()
         return values

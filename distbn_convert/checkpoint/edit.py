@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RefusedError
 from ..replicas import reduce_count, reduce_statistics, replicate
-from .groups import Group
+from .groups import Group, KeyPath
 
 __all__ = ["Replacements", "gather_groups", "pooled_excess", "reduce_groups", "replicate_groups"]
 
-Path = tuple[Any, ...]
-Read = Callable[[Path, str], Tensor]
-Replacements = dict[tuple[Path, str], Tensor]  # (path of the mapping, key) -> new value
+Read = Callable[[KeyPath, str], Tensor]
+Replacements = dict[tuple[KeyPath, str], Tensor]  # (path of the mapping, key) -> new value
 
 
 class _Ties:

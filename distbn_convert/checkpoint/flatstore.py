@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .groups import TensorSpec
+from .groups import KeyPath, TensorSpec
 from .header import Header, TensorInfo, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite, torch_name
@@ -46,11 +46,11 @@ class FlatStore:
         """Describe the file's only mapping."""
         yield (), specs_of_header(self.header)
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor."""
         return read_tensor(self.path, self.header, key)
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor."""
         return read_numbers(self.path, self.header, key)
 

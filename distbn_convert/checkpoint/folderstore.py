@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checksums import check_zip
 from .flatstore import check_rewritten, read_numbers, specs_of_header
-from .groups import TensorSpec
+from .groups import KeyPath, TensorSpec
 from .header import Header
 from .shard_index import read_index
 from .sharded import other_weights, read_accelerate, write_accelerate, write_sharded
@@ -39,17 +39,17 @@ class _FolderStore:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             self.warnings.append(f"{others[0]}{more} in {folder} were not looked into.")
 
-    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+    def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the file that has a tensor, and its header."""
         raise NotImplementedError
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor of a mapping."""
         from .safetensors import read_tensor
 
         return read_tensor(*self.place(path, key), key)
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor."""
         return read_numbers(*self.place(path, key), key)
 
@@ -70,7 +70,7 @@ class AccelerateStore(_FolderStore):
         """Return the files that are read."""
         return [self.folder / file for file in self.headers]
 
-    def _path(self, file: str) -> tuple[Any, ...]:
+    def _path(self, file: str) -> KeyPath:
         return () if len(self.headers) == 1 else (file,)
 
     def mappings(self) -> Mappings:
@@ -78,7 +78,7 @@ class AccelerateStore(_FolderStore):
         for file, header in self.headers.items():
             yield self._path(file), specs_of_header(header)
 
-    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+    def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the file that has a tensor, and its header."""
         file = path[0] if path else next(iter(self.headers))
         return self.folder / file, self.headers[file]
@@ -116,16 +116,16 @@ class ShardedStore(_FolderStore):
         }
         yield (), {name: specs[shard][name] for name, shard in self.index.weight_map.items()}
 
-    def place(self, path: tuple[Any, ...], key: Any) -> tuple[Path, Header]:
+    def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the shard that has a tensor, and its header."""
         shard = self.index.weight_map[key]
         return self.folder / shard, self.index.headers[shard]
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor."""
         return self.index.read_tensor(key)
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor."""
         if self.index.weight_map[key].endswith(".safetensors"):
             return super().numbers(path, key)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError, ReadError
 from .compare import differences, same_bits
 from .edit import Replacements, gather_groups
-from .groups import Group, TensorSpec, dotted
+from .groups import Group, KeyPath, Specs, dotted
 from .intact import check_checksums
 from .job import Job
 from .options import Options
@@ -21,7 +21,6 @@ from .torchstore import TreeStore
 
 __all__ = ["gather_checkpoints"]
 
-_Specs = Mapping[Any, TensorSpec | None]
 _REDUCTIONS = ("stack", "mean", "pooled")
 
 
@@ -132,9 +131,7 @@ def _check_same(
         )
 
 
-def _paired(
-    stores: list[Store], groups: list[Group]
-) -> Iterator[tuple[tuple[Any, ...], _Specs, _Specs]]:
+def _paired(stores: list[Store], groups: list[Group]) -> Iterator[tuple[KeyPath, Specs, Specs]]:
     """Yield the path of each mapping that holds groups, what is in it, and in the last store's."""
     paths = {group.path for group in groups}
     others = dict(stores[-1].mappings())

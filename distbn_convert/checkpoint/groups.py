@@ -11,8 +11,10 @@ from typing import Any
 __all__ = [
     "PLAIN",
     "Group",
+    "KeyPath",
     "LookAlike",
     "Selection",
+    "Specs",
     "TensorSpec",
     "describe",
     "dotted",
@@ -20,6 +22,7 @@ __all__ = [
     "key_name",
 ]
 
+KeyPath = tuple[Any, ...]  # the keys that lead from the top of a file to what is in it
 PLAIN = (str, bytes, int, float, complex, type(None))  # equal if they look it
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -44,6 +47,10 @@ class TensorSpec:
     refusal: str | None = None
 
 
+# What a mapping holds, described; None for what is no tensor.
+Specs = Mapping[Any, TensorSpec | None]
+
+
 @dataclass(frozen=True)
 class Group:
     """The statistics of one BatchNorm.
@@ -60,7 +67,7 @@ class Group:
         refusal: why its tensors cannot be handled.
     """
 
-    path: tuple[Any, ...]
+    path: KeyPath
     prefix: str
     channels: int
     dtype: str
@@ -101,7 +108,7 @@ class Group:
 class LookAlike:
     """Keys that resemble a BatchNorm and are left alone."""
 
-    path: tuple[Any, ...]
+    path: KeyPath
     prefix: str
     reason: str
 
@@ -158,9 +165,7 @@ def key_name(key: Any) -> str:
     return str(key) if all(isinstance(part, PLAIN) for part in parts) else f"<{type(key).__name__}>"
 
 
-def find_groups(
-    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...] = ()
-) -> list[Group | LookAlike]:
+def find_groups(specs: Specs, path: KeyPath = ()) -> list[Group | LookAlike]:
     """Recognise the BatchNorms of one mapping.
 
     A prefix P is a BatchNorm if ``P + running_mean`` and ``P + running_var`` are floating tensors
@@ -168,7 +173,7 @@ def find_groups(
     direct children but BatchNorm's five.
 
     Args:
-        specs: key -> what it holds; None for what is no tensor.
+        specs: what the mapping holds, described.
         path: where the mapping is in its file, passed on to the groups.
 
     Returns:
@@ -192,9 +197,7 @@ def find_groups(
     return list(found.values())
 
 
-def _judge(
-    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...], prefix: str, names: set[str]
-) -> Group | LookAlike:
+def _judge(specs: Specs, path: KeyPath, prefix: str, names: set[str]) -> Group | LookAlike:
     strangers = sorted(names - _NAMES)
     if strangers:
         shown = ", ".join(f'"{name}"' for name in strangers[:3])
@@ -205,17 +208,15 @@ def _judge(
     return _group(specs, path, prefix)
 
 
-def _judge_copy(
-    specs: Mapping[Any, TensorSpec | None], path: tuple[Any, ...], prefix: str, known: bool
-) -> Group | LookAlike:
+def _judge_copy(specs: Specs, path: KeyPath, prefix: str, known: bool) -> Group | LookAlike:
     if not known:
         return LookAlike(path, prefix, "looks like an MMCV EMA copy, but its BatchNorm is missing")
     return _group(specs, path, prefix, underscore=True)
 
 
 def _group(
-    specs: Mapping[Any, TensorSpec | None],
-    path: tuple[Any, ...],
+    specs: Specs,
+    path: KeyPath,
     prefix: str,
     underscore: bool = False,
 ) -> Group | LookAlike:

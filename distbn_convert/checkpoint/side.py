@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import NothingToDoError
-from .groups import PLAIN, Selection, dotted, find_groups
+from .groups import PLAIN, KeyPath, Selection, dotted, find_groups
 from .opaque import InertObject
 from .stores import Place, Store
 from .survey import survey
@@ -18,8 +18,6 @@ from .torchstore import TreeStore
 from .tree import node_at
 
 __all__ = ["Side"]
-
-Path_ = tuple[Any, ...]
 
 
 class Side:
@@ -57,7 +55,7 @@ class Side:
             )
             selection = replace(selection, state=None, include=include, exclude=exclude)
         self.state = selection.state
-        self._roots: list[Path_] = [()]
+        self._roots: list[KeyPath] = [()]
         if self.state is not None:  # several if keys with dots of their own spell the same
             found = dict.fromkeys(map(self._root, paths))
             self._roots = [root for root in found if root is not None]
@@ -66,7 +64,7 @@ class Side:
         surveyed = survey(store, path, selection, None)
         self.groups = surveyed.chosen
         self.warnings = [*store.warnings, *surveyed.concerns]
-        self._numbers: dict[Path_, dict[Any, int]] = {}
+        self._numbers: dict[KeyPath, dict[Any, int]] = {}
 
     def lacks(self, state: str) -> NothingToDoError:
         """Make the error for a sub-tree that is not there."""
@@ -82,7 +80,7 @@ class Side:
         assert isinstance(self.store, TreeStore)
         return [node_at(self.store.tree, root) for root in self._roots]
 
-    def _root(self, path: Path_) -> Path_ | None:
+    def _root(self, path: KeyPath) -> KeyPath | None:
         """Return the start of a path that leads to a sub-tree; keys may have dots of their own."""
         if self.state is None:
             return ()
@@ -94,22 +92,22 @@ class Side:
                 break
         return None
 
-    def within(self, path: Path_, key: Any) -> Path_ | None:
+    def within(self, path: KeyPath, key: Any) -> KeyPath | None:
         """Return a place from the sub-tree on, behind the number of that; None if outside."""
         root = self._root(path)
         return None if root is None else (self._roots.index(root), *path[len(root) :], key)
 
-    def name(self, within: Path_) -> str:
+    def name(self, within: KeyPath) -> str:
         """Name a place within the sub-trees as the user knows it."""
         full = (*self._roots[within[0]], *within[1:]) if within else ()
         return dotted(full) or "(top level)"
 
-    def numbered(self, within: Path_) -> Path_:
+    def numbered(self, within: KeyPath) -> KeyPath:
         """Return a place as it is in another file too, where a key may be another object.
 
         Such keys are numbered in the order in which they come.
         """
-        place: Path_ = ()
+        place: KeyPath = ()
         for key in within:
             if not isinstance(key, PLAIN) or key != key:
                 numbers = self._numbers.setdefault(place, {})
@@ -133,7 +131,7 @@ class Side:
                         yield path, key
 
 
-def _is_other(node: Any, place: Path_, mappings: Container[Path_]) -> bool:
+def _is_other(node: Any, place: KeyPath, mappings: Container[KeyPath]) -> bool:
     """Whether what is at a place is more than tensors and what the mappings have."""
     if isinstance(node, InertObject):  # of its class no other format knows
         return True

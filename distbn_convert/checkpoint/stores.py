@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import VerificationError
 from .atomic import atomic_output
-from .groups import TensorSpec
+from .groups import KeyPath, Specs
 from .sniff import Kind, sniff
 from .stream import Progress
 
@@ -29,8 +29,8 @@ __all__ = [
     "read_back_error",
 ]
 
-Place = tuple[tuple[Any, ...], Any]  # path of a mapping, key in it
-Mappings = Iterable[tuple[tuple[Any, ...], Mapping[Any, TensorSpec | None]]]
+Place = tuple[KeyPath, Any]  # path of a mapping, key in it
+Mappings = Iterable[tuple[KeyPath, Specs]]
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Store(Protocol):
     def mappings(self) -> Mappings:
         """Yield each mapping of the file that can hold a state dict, described, with its path."""
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor of a mapping, on the CPU."""
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor in order, where the format permits without torch."""
 
     def check(self, places: Iterable[Place] | None = None) -> None:

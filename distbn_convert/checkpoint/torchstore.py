@@ -14,6 +14,7 @@ from ..errors import ReadError
 from .checksums import check_zip
 from .compare import first_difference
 from .edit import Replacements
+from .groups import KeyPath
 from .readback import LARGE, ReadBack, reading_back
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
 from .stream import Progress, Sink
@@ -39,8 +40,8 @@ class TreeStore:
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
-        self._mappings: dict[tuple[Any, ...], Any] = dict(walk_mappings(file.tree, options.state))
-        self._in_objects: list[tuple[tuple[Any, ...], MutableMapping[Any, Any]]] = []
+        self._mappings: dict[KeyPath, Any] = dict(walk_mappings(file.tree, options.state))
+        self._in_objects: list[tuple[KeyPath, MutableMapping[Any, Any]]] = []
         if options.opaque:
             known = {id(mapping) for mapping in self._mappings.values()}
             mappings = walk_mappings(file.tree, objects=True)
@@ -67,7 +68,7 @@ class TreeStore:
             yield path, dict.fromkeys(mapping)
 
     @property
-    def mapping_objects(self) -> dict[tuple[Any, ...], MutableMapping[Any, Any]]:
+    def mapping_objects(self) -> dict[KeyPath, MutableMapping[Any, Any]]:
         """The dictionaries of the tree, by their paths."""
         return self._mappings
 
@@ -75,13 +76,13 @@ class TreeStore:
         """Describe mappings that are shared at each of their paths, and lists as mappings."""
         self._mappings = dict(spell_out(self.tree, lists))
 
-    def tensor(self, path: tuple[Any, ...], key: Any) -> Tensor:
+    def tensor(self, path: KeyPath, key: Any) -> Tensor:
         """Return one tensor of a mapping."""
         tensor = self._mappings[path][key]
         assert isinstance(tensor, Tensor)
         return tensor
 
-    def numbers(self, path: tuple[Any, ...], key: Any) -> list[float]:
+    def numbers(self, path: KeyPath, key: Any) -> list[float]:
         """Return the values of one tensor."""
         values: list[float] = self.tensor(path, key).flatten().tolist()
         return values

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RefusedError
-from .groups import TensorSpec, key_name
+from .groups import KeyPath, TensorSpec, key_name
 from .opaque import InertObject
 
 __all__ = ["node_at", "spec_of", "specs_of", "spell_out", "walk_leaves", "walk_mappings"]
 
-Path = tuple[Any, ...]
 # A path as a linked list, as few are ever asked for: that of the node above, and a key there.
 _Way = tuple["_Way", Any] | None
 # The most keys that lead to a mapping; the memory for all paths grows with the square of it.
@@ -24,7 +23,7 @@ _MOST_PLACES = 1_000_000  # of shared containers, which nesting can multiply wit
 
 def walk_mappings(
     tree: Any, first: str | None = None, objects: bool = False
-) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
+) -> Iterator[tuple[KeyPath, MutableMapping[Any, Any]]]:
     """Yield each mapping of a nested tree once, with the keys that lead to it, in order.
 
     Cycles end, and a mapping that is shared appears under the first of its paths. Dictionaries,
@@ -41,7 +40,7 @@ def walk_mappings(
         RefusedError: mappings are nested deeper than that, without ``objects``.
     """
     seen: set[int] = set()
-    stack: list[tuple[Path, _Way, Any]] = [((), None, tree)]
+    stack: list[tuple[KeyPath, _Way, Any]] = [((), None, tree)]
     if first is not None:
         stack.extend(((), way, node) for way, node in _at(tree, first))
     while stack:
@@ -66,7 +65,7 @@ def walk_mappings(
         stack.extend((path, (way, key), value) for key, value in reversed(children))
 
 
-def spell_out(tree: Any, lists: bool) -> Iterator[tuple[Path, MutableMapping[Any, Any]]]:
+def spell_out(tree: Any, lists: bool) -> Iterator[tuple[KeyPath, MutableMapping[Any, Any]]]:
     """Yield each mapping of a nested tree at each of its paths, as formats have it without objects.
 
     Args:
@@ -79,7 +78,7 @@ def spell_out(tree: Any, lists: bool) -> Iterator[tuple[Path, MutableMapping[Any
     """
     places = 0
     seen: set[int] = set()
-    stack: list[tuple[Path, Any, frozenset[int]]] = [((), tree, frozenset())]
+    stack: list[tuple[KeyPath, Any, frozenset[int]]] = [((), tree, frozenset())]
     while stack:
         path, node, above = stack.pop()
         children = [] if lists and isinstance(node, tuple) else list(_children(node))
@@ -114,7 +113,7 @@ def _is_spelled_out(node: Any) -> bool:
     return False
 
 
-def _keys(way: _Way) -> Path:
+def _keys(way: _Way) -> KeyPath:
     keys = []
     while way is not None:
         way, key = way
@@ -132,7 +131,7 @@ def _at(node: Any, wanted: str, way: _Way = None) -> Iterator[tuple[_Way, Any]]:
             yield from _at(value, wanted[len(name) + 1 :], (way, key))
 
 
-def node_at(tree: Any, path: Path) -> Any:
+def node_at(tree: Any, path: KeyPath) -> Any:
     """Return what is at a path that :func:`walk_mappings` has given."""
     for key in path:
         if isinstance(tree, InertObject):
