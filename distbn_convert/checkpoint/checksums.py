@@ -18,7 +18,9 @@ from .places import StrPath
 from .stream import Source
 from .zips import MAGIC, reading_zip
 
-__all__ = ["check_piece", "check_zip", "checksum_of", "data_start", "sha256_of"]
+__all__ = ["Span", "check_piece", "check_zip", "checksum_of", "data_start", "sha256_of"]
+
+Span = tuple[int, int]  # start and length of a part of a file, in bytes
 
 _CHUNK = 1 << 20  # bytes; stays in the processor's cache
 _ENCRYPTED = 1  # a flag
@@ -28,14 +30,14 @@ _LOCAL = struct.Struct("<4s22xHH")  # what stands before a member: signature, tw
 def check_zip(
     path: StrPath,
     called: StrPath | None = None,
-    known: Mapping[tuple[int, int], int | None] | None = None,
+    known: Mapping[Span, int | None] | None = None,
 ) -> int:
     """Compare each member of a zip with its checksum, on all processors.
 
     Args:
         path: **path** of the zip.
         called: **path**, its name in messages. Default: None, ``path``
-        known: by start and length, checksums of parts that were read already. Default: none
+        known: checksums of parts that were read already. Default: none
 
     Returns:
         int: the number of members that have a checksum; torch can be told to write none.
@@ -127,7 +129,7 @@ def data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int | None:
 
 
 def _damaged(
-    path: Path, infos: list[zipfile.ZipInfo], known: Mapping[tuple[int, int], int | None]
+    path: Path, infos: list[zipfile.ZipInfo], known: Mapping[Span, int | None]
 ) -> list[zipfile.ZipInfo]:
     """Return the members that are not sound; those worth a thread are read in one each."""
 
@@ -143,9 +145,7 @@ def _damaged(
         return damaged + [info for info, is_ in zip(large, sound, strict=True) if not is_]
 
 
-def _is_sound(
-    file: io.FileIO, info: zipfile.ZipInfo, known: Mapping[tuple[int, int], int | None]
-) -> bool:
+def _is_sound(file: io.FileIO, info: zipfile.ZipInfo, known: Mapping[Span, int | None]) -> bool:
     if info.compress_type != zipfile.ZIP_STORED:
         return _is_sound_compressed(file, info)
     start = data_start(file, info)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
-from .checksums import checksum_of
+from .checksums import Span, checksum_of
 from .flush import start_flushing
 from .places import StrPath, access_error
 
@@ -76,7 +76,7 @@ class ReadBack:
         self._written, self._source, self._thread = written, source, thread
         self._fsync = fsync
         self._sent = 0
-        self._checksums: dict[tuple[int, int], Future[int | None]] = {}
+        self._checksums: dict[Span, Future[int | None]] = {}
         self._runs: list[_Run] = []
 
     def take_checksum(self, start: int, length: int) -> None:
@@ -85,7 +85,7 @@ class ReadBack:
         job = self._thread.submit(checksum_of, self._written, start, length)
         self._checksums[start, length] = job
 
-    def checksums(self) -> dict[tuple[int, int], int | None]:
+    def checksums(self) -> dict[Span, int | None]:
         """Return the checksums by start and length; None for a part that was cut short."""
         return {part: job.result() for part, job in self._checksums.items()}
 

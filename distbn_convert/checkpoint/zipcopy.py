@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checksums import data_start
+from .checksums import Span, data_start
 from .mapped import MappedPart, mapped_parts
 from .readback import LARGE
 from .stream import Sink, Source, view_memory
@@ -30,8 +30,6 @@ from .torchfile import TorchFile, save_torch
 from .zips import reading_zip
 
 __all__ = ["Plan", "checksums_beside", "plan_copy"]
-
-Place = tuple[int, int]  # start and length in a file, in bytes
 
 _DESCRIPTOR = b"PK\x07\x08"  # behind each member's bytes: this, and their checksum
 _NAME = re.compile(rb"[^/]+/data/(\d+)")
@@ -61,7 +59,7 @@ class Plan:
         self._source, self._pieces = source, pieces
 
     @property
-    def copied(self) -> dict[Place, int]:
+    def copied(self) -> dict[Span, int]:
         """By start and length in the old file, the checksums of the storages that are copied."""
         parts = [piece for piece in self._pieces if isinstance(piece, _Part)]
         return {
@@ -70,7 +68,7 @@ class Plan:
             if part.place is not None
         }
 
-    def write(self, sink: Sink) -> Iterator[tuple[int, int]]:
+    def write(self, sink: Sink) -> Iterator[Span]:
         """Write the file, and yield start and length of each large storage that is in it."""
         with Source(self._source) as source:
             for piece in self._pieces:
@@ -110,7 +108,7 @@ def plan_copy(file: TorchFile) -> Plan | None:
     )
 
 
-def checksums_beside(file: TorchFile, tensors: Iterable[torch.Tensor]) -> dict[Place, int]:
+def checksums_beside(file: TorchFile, tensors: Iterable[torch.Tensor]) -> dict[Span, int]:
     """Return the checksums of all storages of a file but those of some tensors.
 
     Returns:
@@ -204,7 +202,7 @@ def _filled(
     return None if left else filled
 
 
-def _checksums(path: Path) -> dict[Place, int]:
+def _checksums(path: Path) -> dict[Span, int]:
     """Return the checksums that a zip has of its storages, by start and length."""
     with reading_zip(path) as archive, open(path, "rb", buffering=0) as file:
         return {
@@ -220,7 +218,7 @@ def _checksums(path: Path) -> dict[Place, int]:
 def _find(
     storage: torch.UntypedStorage,
     parts: list[MappedPart],
-    checksums: dict[Place, int],
+    checksums: dict[Span, int],
 ) -> _Part:
     place = _place(storage, parts)
     # Without a checksum in the directory, which torch can be told to leave out, it is taken now.
