@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -20,6 +22,14 @@ BACKENDS = {"reference": (reference,), "native": (native, reference), "cpu": (cp
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    """Let a test compile anew, and leave nothing of it to others."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=BACKENDS)

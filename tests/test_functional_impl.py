@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,6 @@ EPILOGUES = [(False, None), (True, None), (False, "relu"), (True, "relu")]
 EPILOGUE = pytest.mark.parametrize(
     ("added", "activation"), EPILOGUES, ids=["none", "add", "relu", "add_relu"]
 )
-
-
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make_batch(samples: int, added: bool, dtype: torch.dtype = torch.float64) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,13 +66,6 @@ def test_traced_training_is_the_eager_one(impl: str) -> None:
 
 
 # torch.compile
-
-
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def assert_compiled_training_equals_eager(
