@@ -130,9 +130,8 @@ def _ends(tensor: Tensor) -> list[Tensor]:
 
 
 def _both_inert(one: Any, two: Any) -> bool:
-    return all(isinstance(value, InertObject) for value in (one, two)) or all(
-        isinstance(value, InertGlobal) for value in (one, two)
-    )
+    kinds = (InertObject, InertGlobal)
+    return any(isinstance(one, kind) and isinstance(two, kind) for kind in kinds)
 
 
 def _parts(node: Any) -> Parts | None:
@@ -187,12 +186,11 @@ def _same_leaf(one: Any, two: Any, ends: bool) -> bool:
 
 
 def _how(one: Any, two: Any) -> str:
-    if isinstance(one, Tensor) and (one.is_nested or two.is_nested):  # these have no shape
-        return "the values differ"
-    if isinstance(one, Tensor) and one.shape != two.shape:
-        return f"shapes {tuple(one.shape)} and {tuple(two.shape)}"
-    if isinstance(one, Tensor) and one.dtype != two.dtype:
-        return f"{one.dtype} and {two.dtype}"
+    if isinstance(one, Tensor) and not (one.is_nested or two.is_nested):  # these have no shape
+        if one.shape != two.shape:
+            return f"shapes {tuple(one.shape)} and {tuple(two.shape)}"
+        if one.dtype != two.dtype:
+            return f"{one.dtype} and {two.dtype}"
     return "the values differ"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,12 @@ class _FolderStore:
 
     format: str
 
-    def __init__(self, folder: Path, own: set[str], headers: list[Header]) -> None:
+    def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
         self.folder = folder
-        self.tensors = sum(len(header.tensors) for header in headers)
+        self.tensors = sum(len(header.tensors) for header in headers.values())
         self.opaque_globals: list[str] = []
         self.warnings: list[str] = []
-        others = other_weights(folder, own)
+        others = other_weights(folder, headers)
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             self.warnings.append(f"{others[0]}{more} in {folder} were not looked into.")
@@ -64,7 +64,7 @@ class AccelerateStore(_FolderStore):
 
     def __init__(self, folder: Path) -> None:
         self.path, self.headers = folder, read_accelerate(folder)
-        super().__init__(folder, set(self.headers), list(self.headers.values()))
+        super().__init__(folder, self.headers)
 
     def files(self) -> Iterable[Path]:
         """Return the files that are read."""
@@ -102,8 +102,7 @@ class ShardedStore(_FolderStore):
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self.path, self.index = path, read_index(path, options)
-        headers = self.index.headers
-        super().__init__(self.index.folder, set(headers), list(headers.values()))
+        super().__init__(self.index.folder, self.index.headers)
 
     def files(self) -> Iterable[Path]:
         """Return the index and the shards."""

@@ -89,11 +89,8 @@ def gather_checkpoints(
 
     job = Job("gather", srcs[0], dst, chosen_options)
     report = job.run("any", "gathered", compute, reduction=reduction)
-    report.virtual_ranks = None
-    if reduction == "stack":
-        taken = [group for group in report.groups if group.action != "skipped"]
-        ranks = {(group.ranks or 1) * len(srcs) for group in taken}
-        report.virtual_ranks = ranks.pop() if len(ranks) == 1 else None
+    ranks = {(group.ranks or 1) * len(srcs) for group in report.groups if group.action != "skipped"}
+    report.virtual_ranks = ranks.pop() if reduction == "stack" and len(ranks) == 1 else None
     return report
 
 
