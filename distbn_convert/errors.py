@@ -17,7 +17,7 @@
         ├── ReadError (ValueError)          damaged, truncated, not a checkpoint      5
         ├── OutputExistsError (FileExistsError)   the output, or it is the source     6
         ├── FileAccessError (OSError)       not found, permission, no space           7
-        └── VerificationError (RuntimeError)  what was written is not what was meant  8
+        └── VerificationError (RuntimeError)  not what was meant, or two files differ  8
 
 Each class also inherits the built-in exception that a PyTorch user would catch.
 """
@@ -53,7 +53,7 @@ class ConfigurationError(DistBNError, ValueError):
 
 
 class InputError(DistBNError, ValueError):
-    """A batch has a shape that the layer cannot normalise."""
+    """A batch has a shape, dtype or device that the layer cannot normalise."""
 
 
 class StateDictError(DistBNError, RuntimeError):
@@ -121,6 +121,6 @@ class FileAccessError(CheckpointError, OSError):
 
 
 class VerificationError(CheckpointError, RuntimeError):
-    """What was written is not what was meant; it was removed."""
+    """What was written is not what was meant and was removed, or two checkpoints differ."""
 
     exit_code = 8

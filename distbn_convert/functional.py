@@ -84,7 +84,7 @@ def dist_batch_norm(
 
     Raises:
         ConfigurationError: ``vt_world_size``, ``momentum``, ``eps``, ``partition``,
-            ``activation`` or ``impl`` is not allowed.
+            ``activation`` or ``impl`` is not allowed, or running statistics are incomplete.
         InputError: a shape, dtype or device is wrong (weight, bias and statistics have the dtype
             of the input, or float32 for a float16 or bfloat16 input; residual is like the input),
             or a rank has a single value per channel.

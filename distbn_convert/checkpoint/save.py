@@ -36,6 +36,7 @@ def save_state_dict(
         OutputExistsError: ``dst`` exists and ``overwrite`` is False.
         FileAccessError: it cannot be written.
         RefusedError: safetensors cannot hold a value.
+        VerificationError: what was read back is not what was meant.
     """
     writing = WriteOptions(overwrite=overwrite)
     path = as_path(dst)
