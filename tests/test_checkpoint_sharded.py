@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distbn_convert.checkpoint import carry, convert_checkpoint, shard_index
+from distbn_convert.checkpoint import (
+    carry,
+    convert_checkpoint,
+    revert_checkpoint,
+    shard_index,
+)
 from distbn_convert.checkpoint.shard_index import ShardIndex, read_index
 from distbn_convert.checkpoint.sharded import (
     other_weights,
@@ -146,6 +152,26 @@ def test_one_batch_norm_may_straddle_two_shards(tmp_path: Path) -> None:
     write(read_index(source), target, virtual(state))
     assert load_file(target / "a.safetensors")[BN_KEYS[0]].shape == (4, 16)
     assert load_file(target / "b.safetensors")[BN_KEYS[1]].shape == (4, 16)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that it takes this for a single process
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 80}], ids=["as it was", "resharded"])
+def test_torchs_own_reader_of_safetensors_loads_what_its_writer_saved(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Its metadata say where each tensor begins, with as many numbers as axes."""
+    plain = {"head": torch.ones(4), **bn_state()}
+    files = {name: 1 + place % 2 for place, name in enumerate(plain)}
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "in"), fqn_to_index_mapping=files)
+    dcp.save(plain, storage_writer=writer)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, **options)
+    rows = {name: value.expand(2, *value.shape) for name, value in list(plain.items())[3:]}
+    found = {name: torch.zeros_like(value) for name, value in (plain | rows).items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "out")))
+    assert all(torch.equal(found[name], value) for name, value in (plain | rows).items())
+    if not options:
+        revert_checkpoint(tmp_path / "out", tmp_path / "back")
+        assert contents(tmp_path / "back") == contents(tmp_path / "in")
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .groups import KeyPath, TensorSpec
-from .header import Header, TensorInfo, read_header
+from .header import Header, TensorInfo, located, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
 from .safetensors import read_bytes, read_tensor, rewrite, torch_name
 from .stores import Mappings, Place, WriteOptions, read_back_error
@@ -121,7 +121,8 @@ def check_rewritten(
         VerificationError: it is not.
     """
     new = read_header(written)
-    if list(new.tensors) != list(old.tensors) or new.metadata != old.metadata:
+    metadata = located(old.metadata, new.tensors)
+    if list(new.tensors) != list(old.tensors) or new.metadata != metadata:
         raise read_back_error(dst, "its header")
     with open(src, "rb", buffering=0) as source, open(written, "rb", buffering=0) as copy:
         for name, info in new.tensors.items():

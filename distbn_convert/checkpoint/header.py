@@ -6,7 +6,7 @@ import json
 import os
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "TensorInfo",
     "encode_header",
     "lay_out",
+    "located",
     "merged_metadata",
     "read_header",
 ]
@@ -34,6 +35,7 @@ DTYPE_BITS = {
 
 _LARGEST = 100_000_000  # bytes, the package's own limit
 _WORD = 1 << 64  # the package counts in 64 bits
+_PIECES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's words
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -197,8 +199,29 @@ def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None) -> 
     for info in infos:
         start, stop = stop, stop + info.nbytes
         placed[info.name] = TensorInfo(info.name, info.dtype, info.shape, start, stop, info.extra)
-    header = Header(placed, metadata, 0)
-    return Header(placed, metadata, len(encode_header(header)))
+    header = Header(placed, located(metadata, placed), 0)
+    return replace(header, start=len(encode_header(header)))
+
+
+def located(
+    metadata: Mapping[str, str] | None, tensors: Mapping[str, TensorInfo]
+) -> Mapping[str, str] | None:
+    """Return metadata in which torch.distributed.checkpoint finds these tensors.
+
+    Its HuggingFaceStorageWriter notes where each tensor begins in the whole one, with as many
+    numbers as axes, and its reader asks for all of a file. An axis of ranks comes first.
+    """
+    try:
+        old = parse_object((metadata or {})[_PIECES].encode())
+        begins = {name: entry[_OFFSETS] for name, entry in old.items()}
+        new = {}
+        for name, info in tensors.items():
+            padded = [0] * len(info.shape) + begins.get(name, [])
+            new[name] = {_OFFSETS: padded[len(padded) - len(info.shape) :]}
+    except (KeyError, TypeError, StrictJsonError):  # not by torch
+        return metadata
+    new = {name: new[name] for name in old if name in new} | new
+    return metadata if new == old else {**(metadata or {}), _PIECES: json.dumps(new)}
 
 
 def encode_header(header: Header) -> bytes:
