@@ -39,6 +39,7 @@ _TORCH_NAMES = {
     **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
     **{"C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn"},
     **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _FORMAT_NAMES = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
@@ -67,11 +68,12 @@ def read_tensor(path: StrPath, header: Header, name: str) -> Tensor:
     import torch
 
     info = header.tensors[name]
-    if info.dtype not in _TORCH_NAMES:
+    dtype: torch.dtype | None = getattr(torch, torch_name(info.dtype), None)
+    if dtype is None:  # torch 2.6 lacks float8_e8m0fnu
         raise RefusedError(
-            f"{path} holds {name!r} as {info.dtype}, which torch does not have; leave it out."
+            f"{path} holds {name!r} as {info.dtype}, for which torch {torch.__version__} has no "
+            "dtype of that shape; leave it out."
         )
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[info.dtype])
     data = read_bytes(path, header, name)
     if not data:
         return torch.empty(info.shape, dtype=dtype)
