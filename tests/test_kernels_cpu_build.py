@@ -134,12 +134,23 @@ def test_failing_compiler_warns_once_and_leaves_nothing(
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_cache_that_cannot_be_written_warns_once(
+def test_cache_that_cannot_be_written_warns_once_and_names_the_remedy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
     monkeypatch.setenv("CXX", sys.executable)
     expect_line(caplog, "WARNING", "cache")
+    assert "set TORCH_EXTENSIONS_DIR to build it in another folder" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_fresh")
+def test_library_that_cannot_be_loaded_warns_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a folder mounted without programs, or of another C++ runtime; here it is empty."""
+    monkeypatch.setenv("CXX", "true")
+    expect_line(caplog, "WARNING", "too short")
 
 
 @pytest.mark.usefixtures("_fresh")

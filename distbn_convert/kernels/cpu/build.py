@@ -93,10 +93,11 @@ def _load(dtype: torch.dtype) -> Operators | None:
     except _UnavailableError as error:
         logger.info("the CPU kernel is not used, torch's batch norm is: %s", error)
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        details = str(getattr(error, "stderr", None) or "")[-2000:]
+        # What a compiler said, or why torch could not load what it made.
+        details = str(getattr(error, "stderr", None) or error.__cause__ or "")[-2000:]
         logger.warning(
-            "the CPU kernel could not be built, torch's batch norm is used instead (set %s=off to "
-            "silence this): %s\n%s",
+            "the CPU kernel could not be built, torch's batch norm is used instead (set "
+            "TORCH_EXTENSIONS_DIR to build it in another folder, %s=off to silence this): %s\n%s",
             SWITCH,
             error,
             details,
