@@ -308,6 +308,22 @@ def test_a_resnet50_step_agrees_with_the_definition(channels_last: bool) -> None
     check_step("cpu", channels_last)
 
 
+def test_a_second_backward_takes_no_new_memory() -> None:
+    """Of rows for each rank, whose pages would cost more than the arithmetic."""
+    resource = pytest.importorskip("resource")
+    operators = cpu.load(torch.float32)
+    assert operators is not None
+    input = torch.zeros(64, 2**17)
+    mean, rstd = torch.zeros(2, 32, 2**17)
+    results = torch.zeros_like(input), *torch.zeros(2, 2**17)
+    faults = []
+    for _ in range(2):
+        operators.backward(*results, input, input, None, mean, rstd, False, True)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    rows = 2 * 8 * mean.numel()
+    assert (faults[1] - faults[0]) * resource.getpagesize() < rows / 4
+
+
 def test_operators_of_one_dtype_refuse_another() -> None:
     operators = cpu.load(torch.float32)
     assert operators is not None

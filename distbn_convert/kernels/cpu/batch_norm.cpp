@@ -84,7 +84,7 @@ void forward(Tensor output, Tensor mean, Tensor rstd, Tensor input, std::optiona
 }
 
 // Adds the ranks' rows up, in order.
-void sum_ranks(const std::vector<double>& rows, const Problem& p, const Tensor& sum) {
+void sum_ranks(const double* rows, const Problem& p, const Tensor& sum) {
   const Values values = values_of(sum);
   std::vector<double> total(p.channels);
   for (int64_t v = 0; v < p.ranks; ++v) {
@@ -97,10 +97,12 @@ void backward(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor gr
               Tensor input, std::optional<Tensor> weight, Tensor mean, Tensor rstd,
               bool interleaved, bool channels_last) {
   const Problem problem = problem_of(input, mean.size(0), interleaved);
-  std::vector<double> weight_rows(problem.ranks * problem.channels);
-  std::vector<double> bias_rows(problem.ranks * problem.channels);
-  const BackwardStatistics statistics{values_of(mean),    values_of(rstd),  values_of(weight),
-                                      weight_rows.data(), bias_rows.data(), problem.channels};
+  // Kept between calls: where ranks have few samples, new memory costs more than the arithmetic.
+  thread_local std::vector<double> rows;
+  rows.resize(2 * problem.ranks * problem.channels);
+  double *weight_rows = rows.data(), *bias_rows = weight_rows + problem.ranks * problem.channels;
+  const BackwardStatistics statistics{values_of(mean), values_of(rstd), values_of(weight),
+                                      weight_rows,     bias_rows,       problem.channels};
   advise_huge_pages(grad_input);
   const T* dy = static_cast<const T*>(grad_output.data_ptr());
   const T* x = static_cast<const T*>(input.data_ptr());
