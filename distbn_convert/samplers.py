@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sized
 
 import torch
@@ -29,7 +30,8 @@ class VirtualDistributedSampler(Sampler[list[int]]):
             ``DataLoader`` counts them; a batch holds V times as many.
         vt_world_size: **int**, number of virtual ranks V.
         num_replicas: **int**, number of real processes R. Default: None, ``torch.distributed``'s
-            world size, 1 if there is none
+            world size, 1 if there is none; a sampler that is made before the processes are
+            joined, as in a script for Lightning's Trainer, finds them when it is used
         rank: **int**, this process, 0 to R - 1. Default: None, ``torch.distributed``'s
         shuffle: **bool**, permute anew in each epoch. Default: True
         seed: **int**, of the permutation, the same in all processes. Default: 0
@@ -44,7 +46,8 @@ class VirtualDistributedSampler(Sampler[list[int]]):
             a row are one step, V ranks each. Default: 1
 
     Raises:
-        ConfigurationError: an argument is outside its allowed values.
+        ConfigurationError: an argument is outside its allowed values; or, in use, the environment
+            tells of several processes (``WORLD_SIZE``) that ``torch.distributed`` has not joined.
 
     Note:
         Every rank gets the same number of samples in every batch, the last one too: it is
@@ -84,7 +87,9 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         check_count(vt_world_size)
         check_count(accumulation_steps, "accumulation_steps")
         check_partition(partition)
-        self.num_replicas, self.rank = _replica(num_replicas, rank)
+        self._place: tuple[int, int] | None = None
+        if (num_replicas, rank) != (None, None) or _is_running():
+            self._place = _replica(num_replicas, rank)
         self.dataset = dataset
         self.rank_batch_size = batch_size
         self.batch_size = batch_size * vt_world_size  # what frameworks take a batch to hold
@@ -101,6 +106,16 @@ class VirtualDistributedSampler(Sampler[list[int]]):
     def sampler(self) -> VirtualDistributedSampler:
         """Itself: where Lightning and others look for ``set_epoch``."""
         return self
+
+    @property
+    def num_replicas(self) -> int:
+        """Real processes R."""
+        return self._replica()[0]
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 to R - 1."""
+        return self._replica()[1]
 
     @property
     def num_ranks(self) -> int:
@@ -129,6 +144,22 @@ class VirtualDistributedSampler(Sampler[list[int]]):
             for share in samples.split(self.vt_world_size):
                 yield (share.T if self.partition == "interleaved" else share).flatten().tolist()
 
+    def _replica(self) -> tuple[int, int]:
+        """Return R and r; there may have been no processes yet when this was made."""
+        if self._place is not None:
+            return self._place
+        if _is_running():
+            self._place = _replica(None, None)
+            return self._place
+        processes = os.getenv("WORLD_SIZE", "1")
+        if processes != "1":
+            raise ConfigurationError(
+                f"expected torch.distributed to be initialised, as WORLD_SIZE={processes} in the "
+                "environment tells of several processes, but it is not; call init_process_group "
+                "first, or pass num_replicas and rank."
+            )
+        return 1, 0
+
     def _deal(self) -> Tensor:
         """Return the samples of this process's ranks, ``int64 Tensor[V * A, num_samples]``."""
         order = torch.arange(len(self.dataset))
@@ -142,9 +173,13 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         return dealt.tensor_split(self.num_replicas)[self.rank]
 
 
+def _is_running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     """Return R and r, those of ``torch.distributed`` where None."""
-    running = dist.is_available() and dist.is_initialized()
+    running = _is_running()
     if num_replicas is None:
         num_replicas = dist.get_world_size() if running else 1
     if rank is None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from distbn_convert import DistBatchNorm1d, VirtualDistributedSampler
@@ -108,6 +110,25 @@ def test_it_is_freed_at_once_and_a_copy_is_told_the_epoch() -> None:
     freed = weakref.ref(sampler)
     del sampler
     assert freed() is None
+
+
+def test_one_made_before_the_processes_are_joined_finds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by a script for Lightning's Trainer; each process dealt all that one alone would."""
+    early = VirtualDistributedSampler(range(40), 5, 2)
+    assert (early.num_replicas, early.rank, len(early)) == (1, 0, 4)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        given = VirtualDistributedSampler(range(40), 5, 2, num_replicas=2, rank=1)
+        assert (early.num_replicas, early.rank, len(early)) == (2, 1, 2)
+        assert list(early) == list(given)
+    finally:
+        dist.destroy_process_group()
+    assert list(early) == list(given)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="WORLD_SIZE=2 .* call init_process_group first"):
+        list(VirtualDistributedSampler(range(40), 5, 2))
 
 
 def test_a_framework_tells_it_the_epoch() -> None:
