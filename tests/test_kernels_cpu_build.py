@@ -143,6 +143,20 @@ def test_cache_that_cannot_be_written_warns_once_and_names_the_remedy(
     assert "set TORCH_EXTENSIONS_DIR to build it in another folder" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("extensions", "xdg", "expected"),
+    [("/e", "/x", "/e"), ("", "/x", "/x"), ("", "", "/h/.cache")],
+    ids=str,
+)
+def test_the_cache_is_where_torch_keeps_extensions(
+    extensions: str, xdg: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", extensions)
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    monkeypatch.setenv("HOME", "/h")
+    assert build._cache() == Path(expected, "distbn_convert")
+
+
 @needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_library_that_cannot_be_loaded_warns_with_the_reason(

@@ -1,11 +1,11 @@
 """Compile the CPU kernel on first use and load it; say why where that cannot be.
 
 Each dtype has a library of its own, as most runs need one. It goes to
-``$TORCH_EXTENSIONS_DIR/distbn_convert``, else ``~/.cache/distbn_convert``, under a name that hashes
-all it depends on: sources, flags, compiler, torch. It is compiled beside its place and renamed into
-it, so that a reader sees all of it or nothing whatever is interrupted; the lock only spares
-concurrent processes the same work and the same failure, and the kernel of the operating system
-drops it when its holder dies.
+``distbn_convert`` in ``$TORCH_EXTENSIONS_DIR``, ``$XDG_CACHE_HOME`` or ``~/.cache``, the first that
+is set, under a name that hashes all it depends on: sources, flags, compiler, torch. It is compiled
+beside its place and renamed into it, so that a reader sees all of it or nothing whatever is
+interrupted; the lock only spares concurrent processes the same work and the same failure, and the
+kernel of the operating system drops it when its holder dies.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _flags(dtype: torch.dtype) -> list[str]:
 
 
 def _cache() -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "distbn_convert"
 
 
