@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CheckpointReport", "FileInfo", "GroupReport", "Spread", "VerifyReport"]
+__all__ = ["SCHEMA", "CheckpointReport", "FileInfo", "GroupReport", "Spread", "VerifyReport"]
 
-SCHEMA = 1
+SCHEMA = 1  # of every JSON document of the command line
 
 
 @dataclass(frozen=True)

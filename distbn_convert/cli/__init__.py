@@ -11,6 +11,7 @@ import traceback
 import click
 
 from .. import __version__
+from ..checkpoint.report import SCHEMA
 from ..errors import (
     CheckpointError,
     ConfigurationError,
@@ -112,7 +113,7 @@ def _end(error: BaseException, args: list[str], told: dict[str, str | None]) -> 
     if "--json" in args and stream is not None and not stream.closed:
         hint = re.split(r"[;.] ", message)[-1] if re.search(r"[;.] ", message) else None
         document = {"code": code, "message": message, "hint": hint, "path": told.get("path")}
-        echo_json({"schema": 1, "error": {**document, "exit_code": status}}, err=on_stderr)
+        echo_json({"schema": SCHEMA, "error": {**document, "exit_code": status}}, err=on_stderr)
     elif isinstance(error, click.UsageError):
         text = io.StringIO()
         error.show(text)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import click
 
+from ..checkpoint.report import SCHEMA
 from ..errors import FileAccessError
 from .options import Writing, json_option, no_color
 from .streams import echo_json, output_path, say
@@ -69,7 +70,7 @@ def list_(names: tuple[str, ...], as_json: bool) -> None:
         )
     if as_json:
         counts = {name: count_batch_norms(name) for name in matched}
-        echo_json({"schema": 1, "command": "models", "batch_norms": counts})
+        echo_json({"schema": SCHEMA, "command": "models", "batch_norms": counts})
         return
     width = max(map(len, matched))
     for name in matched:  # one by one, as they all take a while
@@ -110,7 +111,7 @@ def export(
         save_state_dict(model.state_dict(), out, overwrite=force)
         output = asdict(inspect_checkpoint(out).source) if as_json else None
     if as_json:
-        document = {"schema": 1, "command": "models export", "model": name, "weights": weights}
+        document = {"schema": SCHEMA, "command": "models export", "model": name, "weights": weights}
         document |= {"virtual_ranks": vt_world_size, "output": output}
         echo_json(document, err=dst == "-")
         return
