@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -139,8 +138,8 @@ def check_tensors(input: Tensor, vt_world_size: int, **others: Tensor | None) ->
             shape, allowed = (vt_world_size,), (torch.int64,)
         if tensor.dtype not in allowed:
             raise InputError(
-                f"expected {name} of {_either(allowed)} for an input of {input.dtype}, but got "
-                f"{tensor.dtype}; convert the input or the layer."
+                f"expected {name} of {' or '.join(map(str, allowed))} for an input of "
+                f"{input.dtype}, but got {tensor.dtype}; convert the input or the layer."
             )
         if tensor.shape != shape:
             raise InputError(
@@ -182,7 +181,3 @@ def check_values(input: Tensor, vt_world_size: int) -> None:
         f"of one position (input size {tuple(input.shape)}); give at least {2 * vt_world_size} "
         "samples, lower vt_world_size, or drop the last incomplete batch."
     )
-
-
-def _either(values: Iterable[object]) -> str:
-    return " or ".join(map(str, values))

@@ -35,17 +35,13 @@ class _Ties:
         """
         if any(source.numel() == 0 for source in sources):  # no memory, no identity
             return _like(sources[0], compute())
-        key = tuple(_identity(source) for source in sources)
+        key = tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in sources)
         if key not in self._known:
             self._known[key] = (sources, _like(sources[0], compute()))
         known, value = self._known[key]
         same = all(one is other for one, other in zip(known, sources, strict=True))
         # Else another tensor on the same memory.
         return value if same else _like(sources[0], value.detach())
-
-
-def _identity(tensor: Tensor) -> Hashable:
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def replicate_groups(groups: Iterable[Group], read: Read, ranks: int) -> Replacements:

@@ -103,12 +103,13 @@ def read_index(path: StrPath, options: ReadOptions | None = None) -> ShardIndex:
     place = Path(path)
     if place.is_dir():
         sniff(place)
-        place = next(iter(sorted(place.glob("*.index.json"))))
+        place = next(place.glob("*.index.json"))
     content = _read_content(place)
     index = ShardIndex(place, content, {}, options or ReadOptions())
-    for shard in sorted(set(index.weight_map.values())):
+    shards = sorted(set(index.weight_map.values()))
+    for shard in shards:
         _check_shard(place, shard)
-    headers = {shard: _read_shard(index, shard) for shard in sorted(set(index.weight_map.values()))}
+    headers = {shard: _read_shard(index, shard) for shard in shards}
     _check_agreement(place, index.weight_map, headers)
     return replace(index, headers=headers)
 
