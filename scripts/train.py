@@ -197,13 +197,13 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
 ]
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    params=[click.Option(names, show_default=True, **settings) for names, settings in OPTIONS],
+)
 def main(**options: Any) -> None:
     train(Args(**options))
 
-
-for names, settings in reversed(OPTIONS):
-    main.params.insert(0, click.Option(names, show_default=True, **settings))
 
 if __name__ == "__main__":
     main()
