@@ -125,13 +125,14 @@ def resume(run: Args, args: Args) -> int:
 
 
 def train(args: Args) -> None:
-    start_processes(args)
     run = build(args)
     first = resume(run, args) if args.resume else args.start_epoch
     models = {"": run.model} if run.ema is None else {"": run.model, "EMA ": run.ema}
     if args.test_only:
         for name, model in models.items():
-            print(f"{name}accuracy {evaluate(model, run, args):.2f} %")
+            result = evaluate(model, run, args)
+            if args.rank == 0:
+                print(f"{name}accuracy {result:.2f} %")
         return
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
@@ -147,8 +148,6 @@ def train(args: Args) -> None:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, {', '.join(results)}, {rate:.0f} img/s")
             if args.output_dir:
                 save(run, args, epoch)
-    if args.world_size > 1:
-        dist.destroy_process_group()
 
 
 SCHEDULERS = ["steplr", "cosineannealinglr", "exponentiallr"]
@@ -202,7 +201,11 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     params=[click.Option(names, show_default=True, **settings) for names, settings in OPTIONS],
 )
 def main(**options: Any) -> None:
-    train(Args(**options))
+    args = Args(**options)
+    start_processes(args)
+    train(args)
+    if args.world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

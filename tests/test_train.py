@@ -142,6 +142,9 @@ def test_torchrun_with_two_ranks_each_equals_one_process_with_four(
         assert len(re.findall(r"accuracy ([\d.]+)", printed)) == 1  # process 0 alone talks
         states[name] = load(tmp_path / name)["model"]
 
+    tested = run(*commands["two"], *options, str(tmp_path), "--test-only")
+    assert len(re.findall(r"accuracy ([\d.]+)", tested)) == 1
+
     torch.manual_seed(0)
     initial = models.get_model("shufflenet_v2_x0_5", 4, num_classes=10).state_dict()
 
