@@ -39,8 +39,8 @@ def sync_running_stats(
             all processes. Default: ``"mean"``
         rank: **int**, the row that ``"select"`` takes, 0 to K - 1; process r holds rows rV to
             rV + V - 1. Of a plain layer it is process ``rank // V``. Default: 0
-        process_group: **ProcessGroup**. Default: None, the default group, or this process alone
-            if there is none
+        process_group: **ProcessGroup**; in a pipeline that of the processes with the same stage.
+            Default: None, the default group, or this process alone if there is none
 
     Raises:
         ConfigurationError: unknown reduction, rank out of range, or a process not in the group.

@@ -14,8 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
+
+from distbn_convert import convert_model
 
 SAMPLES, EPOCHS, SHARE = 48, 2, 4  # SHARE: samples of one rank in one batch
 State = dict[str, Tensor]
@@ -112,6 +115,29 @@ def _train_ddp(broadcast: bool) -> State:
 def train_ddp(replicas: int, folder: Path, *, broadcast: bool) -> list[State]:
     """Train in real processes over gloo; return the state of each rank's model."""
     return spawn(_train_ddp, replicas, folder, broadcast)
+
+
+def _train_pipeline(microbatches: int) -> State:
+    model = convert_model(make_model(), 2, accumulation_steps=microbatches)
+    here, images_and_labels = dist.get_rank(), make_data()
+    part = (model[:4], model[4:])[here]
+    stage = PipelineStage(part, here, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, microbatches, loss_fn=F.cross_entropy)
+    optimizer = make_optimizer(part)
+    for batch in rank_major_batches(2 * microbatches):
+        images, labels = (tensor[batch] for tensor in images_and_labels)
+        if here == 0:
+            schedule.step(images)
+        else:
+            schedule.step(target=labels)
+        optimizer.step()
+        optimizer.zero_grad()
+    return part.state_dict()
+
+
+def train_pipeline(microbatches: int, folder: Path) -> list[State]:
+    """Train in a pipeline of two processes, two virtual ranks to a microbatch."""
+    return spawn(_train_pipeline, 2, folder, microbatches)
 
 
 def dealt_batches(replicas: int) -> list[Tensor]:

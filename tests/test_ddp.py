@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,10 @@ def test_plain_batch_norm_and_the_wrong_partition_differ(
     wrong = convert_model(ddp.make_model(), replicas, partition="contiguous")
     ddp.train(wrong, ddp.dealt_batches(replicas))
     assert largest_difference(wrong, states[0]) > 1e-2
+
+
+def test_microbatches_of_a_pipeline_are_micro_steps(tmp_path: Path) -> None:
+    model = convert_model(ddp.make_model(), 4)
+    ddp.train(model, ddp.rank_major_batches(4))
+    first, second = ddp.train_pipeline(2, tmp_path)
+    torch.testing.assert_close({**first, **second}, dict(model.state_dict()), rtol=0, atol=1e-12)
