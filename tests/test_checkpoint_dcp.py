@@ -448,3 +448,35 @@ def test_records_of_other_versions_are_read(folder: Path) -> None:
         made = known["pathlib._local", name]("a", "b")
         assert made.parts == ("a", "b")
         assert known["pathlib", name] is known["pathlib._local", name]
+
+
+def test_a_converted_folder_has_the_records_that_torch_writes(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "virtual", virtual(training_state()))
+    save(training_state(4), tmp_path / "expected")
+    found, expected = (records(tmp_path / name) for name in ("virtual", "expected"))
+    assert found.state_dict_metadata == expected.state_dict_metadata
+
+
+def test_a_folder_from_before_torch_wrote_strides_is_one_for_that_torch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties, states = metadata.TensorProperties, []
+    get = properties.__getstate__
+    with monkeypatch.context() as old:  # torch 2.14
+        old.setattr(properties, "__getstate__", lambda self: get(self)[:5])
+        save(training_state(), tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "virtual", virtual(training_state()))
+    monkeypatch.setattr(properties, "__setstate__", lambda _, state: states.append(state))
+    records(tmp_path / "virtual")
+    assert {len(state) for state in states} == {5}
+
+
+def test_records_of_a_newer_torch_are_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, get = records(folder), metadata.TensorProperties.__getstate__
+    with monkeypatch.context() as newer:
+        newer.setattr(metadata.TensorProperties, "__getstate__", lambda self: (*get(self), None))
+        overwrite_records(folder, saved)
+    with pytest.raises(ReadError, match=r"was saved by a newer torch than .*; use that one"):
+        read_dcp(folder)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from ..errors import CheckpointError, ReadError, RefusedError
 from .carry import Writer, write_folder
 from .checksums import check_piece
-from .dcp_metadata import METADATA, read_metadata
+from .dcp_metadata import METADATA, pickled, read_metadata
 from .header import Header, TensorInfo
 from .places import StrPath
 from .safetensors import format_name
@@ -196,7 +195,7 @@ def write_dcp(
         size = (folder.path / name).stat().st_size
         sizes[name] = size + sum(edit.growth for edit in changes)
         writers[name] = partial(_write_pieces, folder.path / name, size, sizes[name], changes)
-    records = pickle.dumps(_edited(folder.metadata, replacements, edits), folder.protocol)
+    records = pickled(_edited(folder.metadata, replacements, edits), folder.protocol)
     writers[METADATA] = lambda file, _: file.write(records)
     sizes[METADATA] = len(records)
     return write_folder(folder.path, dst, writers, sizes, options)
@@ -251,8 +250,10 @@ def _edited(
     for name, tensor in replacements.items():
         entry = old.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
-        properties = copy.copy(entry.properties)
-        properties.dtype = tensor.dtype
+        changed: dict[str, Any] = {"dtype": tensor.dtype}
+        if getattr(entry.properties, "strides", None) is not None:  # torch 2.15 and later
+            changed["strides"] = tensor.contiguous().stride()
+        properties = replace(entry.properties, **changed)
         whole = ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.shape)
         new.state_dict_metadata[name] = TensorStorageMetadata(properties, tensor.shape, [whole])
     new.storage_data = {}

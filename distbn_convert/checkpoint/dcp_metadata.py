@@ -6,10 +6,12 @@ known, and no object but an instance of one can be given a state.
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pathlib
 import pickle
 from collections import OrderedDict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,7 @@ from .places import points_outside
 from .stream import Source
 from .unpickler import BoundedUnpickler
 
-__all__ = ["METADATA", "read_metadata"]
+__all__ = ["METADATA", "pickled", "read_metadata"]
 
 METADATA = ".metadata"
 
@@ -57,6 +59,10 @@ class _UnknownNameError(Exception):
     """What the file holds, as the object of a sentence."""
 
 
+class _NewerTorchError(Exception):
+    """The file holds more than this torch knows of."""
+
+
 class _Unpickler(BoundedUnpickler):
     """Knows only the names above; BUILD, which sets attributes, only reaches records."""
 
@@ -72,8 +78,12 @@ class _Unpickler(BoundedUnpickler):
         return self._known[module, name]
 
     def load_build(self) -> None:
-        if type(self.stack[-2]) not in _RECORDS:
-            raise _UnknownNameError(f"a state for a {type(self.stack[-2]).__qualname__}")
+        kind = type(self.stack[-2])
+        if kind not in _RECORDS:
+            raise _UnknownNameError(f"a state for a {kind.__qualname__}")
+        # A state of one value for each field; torch 2.15 added one.
+        if kind is metadata.TensorProperties and len(self.stack[-1]) > len(fields(kind)):
+            raise _NewerTorchError
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -87,7 +97,7 @@ def read_metadata(folder: Path) -> tuple[metadata.Metadata, int]:
 
     Raises:
         RefusedError: it names anything but those records, or a file outside the folder.
-        ReadError: it is damaged, or does not fit the files.
+        ReadError: it is damaged, does not fit the files, or is a newer torch's.
         FileAccessError: the system cannot read it.
     """
     path = folder / METADATA
@@ -100,6 +110,10 @@ def read_metadata(folder: Path) -> tuple[metadata.Metadata, int]:
             f"{path} holds {error}, which no checkpoint of torch.distributed needs. Nothing was "
             "executed."
         ) from error
+    except _NewerTorchError as error:
+        raise ReadError(
+            f"{path} was saved by a newer torch than {torch.__version__}; use that one."
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # unpicklers raise many kinds on damaged bytes
@@ -111,6 +125,22 @@ def read_metadata(folder: Path) -> tuple[metadata.Metadata, int]:
     except (AttributeError, TypeError, ValueError) as error:
         raise _damaged(path, f"its records are incomplete ({type(error).__name__})") from error
     return records, data[1] if data[:1] == pickle.PROTO else 2
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves out strides that are not known: torch before 2.15 reads no more than it wrote."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is metadata.TensorProperties and getattr(obj, "strides", None) is None:
+            return copyreg.__newobj__, (type(obj),), obj.__getstate__()[:5]  # type: ignore[attr-defined]
+        return NotImplemented
+
+
+def pickled(records: metadata.Metadata, protocol: int) -> bytes:
+    """Return the file for these records, which the torch that saved them can read."""
+    file = io.BytesIO()
+    _Pickler(file, protocol).dump(records)
+    return file.getvalue()
 
 
 def _damaged(path: Path, what: str) -> ReadError:
