@@ -234,17 +234,25 @@ def test_exported_layer_holds_plain_operations_and_trains(
 
 
 @since_torch(2, 7, "it cannot be told that a program is exported")
-@pytest.mark.parametrize("size", [torch.export.Dim("batch", min=4), torch.export.Dim.AUTO], ids=str)
+@pytest.mark.parametrize(
+    ("size", "strict"),
+    [
+        (torch.export.Dim("batch", min=4), False),
+        (torch.export.Dim("batch", min=4), True),
+        (torch.export.Dim.AUTO, False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("example", [8, 9])
 def test_exported_layer_trains_on_every_batch_with_samples_for_all_ranks(
-    example: int, partition: str, size: Any
+    example: int, partition: str, size: Any, strict: bool
 ) -> None:
     layer = DistBatchNorm2d(3, vt_world_size=4, partition=partition).double()
     inputs = torch.randn(16, 3, 2, 2, dtype=torch.float64)
     sizes = ({0: size},)
     program = torch.export.export(
-        copy.deepcopy(layer), (inputs[:example],), dynamic_shapes=sizes
+        copy.deepcopy(layer), (inputs[:example],), dynamic_shapes=sizes, strict=strict
     ).module()
     for samples in (8, 9, 4, 16, 11):
         results = []
@@ -253,6 +261,27 @@ def test_exported_layer_trains_on_every_batch_with_samples_for_all_ranks(
             output = model(input)
             output.sin().sum().backward()
             results.append([output, input.grad, *model.buffers()])
+        torch.testing.assert_close(*results)
+
+
+@since_torch(2, 7, "it cannot be told that a program is exported")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_layer_trains_on_maps_of_every_size(strict: bool) -> None:
+    layer = DistBatchNorm2d(3, vt_world_size=4).double()
+    height, width = (torch.export.Dim(name) for name in ("height", "width"))
+    program = torch.export.export(
+        copy.deepcopy(layer),
+        (torch.randn(8, 3, 6, 5, dtype=torch.float64),),
+        dynamic_shapes=({2: height, 3: width},),
+        strict=strict,
+    ).module()
+    for positions in ((6, 5), (2, 9), (7, 3)):
+        input, results = torch.randn(8, 3, *positions, dtype=torch.float64), []
+        for model in (layer, program):
+            leaf = input.clone().requires_grad_()
+            output = model(leaf)
+            output.sin().sum().backward()
+            results.append([output, leaf.grad, *model.buffers()])
         torch.testing.assert_close(*results)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from distbn_convert import DistBatchNorm2d
+
 from .stepped import (
     assert_equal,
     make_batch,
@@ -63,6 +65,17 @@ def test_traced_training_is_the_eager_one(impl: str) -> None:
         found = train_step(traced, traced, batch, upstream)
         torch.testing.assert_close(found, train_step(twin, twin, batch, upstream))
         torch.testing.assert_close(statistics(ours), statistics(twin))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_training_takes_maps_of_other_sizes() -> None:
+    layer = DistBatchNorm2d(3, vt_world_size=4).double()
+    traced = torch.jit.trace(layer, torch.randn(8, 3, 4, 4).double())
+    twin, input = copy.deepcopy(layer), torch.randn(8, 3, 2, 3).double()
+    torch.testing.assert_close(traced(input), twin(input))
+    torch.testing.assert_close([*layer.buffers()], [*twin.buffers()])
 
 
 # torch.compile

@@ -17,8 +17,8 @@ __all__ = [
     "PARTITIONS",
     "divides",
     "gather_ranks",
+    "holds",
     "is_exporting",
-    "is_open",
     "scatter_ranks",
     "share_of",
     "share_sizes",
@@ -43,20 +43,22 @@ def share_of(num_samples: int, vt_world_size: int) -> tuple[int, int]:
     return num_samples // vt_world_size, num_samples % vt_world_size
 
 
-def is_open(size: object) -> bool:
-    """Say whether a program is exported for every size like this: a question would bind it."""
-    return isinstance(size, torch.SymInt) and is_exporting()
+def holds(condition: Any) -> bool:
+    """Say whether a condition on sizes holds; of a program that is exported, for all that it takes.
+
+    To ask plainly would bind those sizes to the answer.
+    """
+    if is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    answer: bool = condition  # symbolic to a compiler, which branches on it
+    return answer
 
 
 def divides(vt_world_size: int, num_samples: int) -> bool:
     """Say whether all shares are alike, so that a batch need only be viewed by rank."""
-    remainder: Any = num_samples % vt_world_size
-    if is_open(remainder):
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(remainder == 0)
-    even: bool = remainder == 0  # symbolic to a compiler, which branches on it
-    return even
+    return holds(num_samples % vt_world_size == 0)
 
 
 def share_sizes(num_samples: int, vt_world_size: int) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ Every other backend has these signatures and is tested against this file.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -165,7 +167,7 @@ def forward(
     if num_batches_tracked is not None:
         count_batch(num_batches_tracked, input)
     if running_mean is not None and running_var is not None and input.numel():
-        values = _share_counts(input, vt_world_size, dtype) * input.shape[2:].numel()
+        values = _share_counts(input, vt_world_size, dtype) * math.prod(input.shape[2:])
         unbiased = var.detach() * (values / (values - 1).clamp(min=1))
         batch = mean.detach(), unbiased, min(input.shape[0], vt_world_size)
         update_running(running_mean, running_var, num_batches_tracked, momentum, *batch)
@@ -255,7 +257,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`backward` without a ReLU in the accumulation dtype; differentiable."""
     dy, x = grad_output.to(mean.dtype), input.to(mean.dtype)
-    values = _share_counts(input, vt_world_size, mean.dtype) * input.shape[2:].numel()
+    values = _share_counts(input, vt_world_size, mean.dtype) * math.prod(input.shape[2:])
     normalized = normalize(x, mean, rstd, interleaved)
     sum_dy = gather_ranks(_sum_positions(dy), vt_world_size, interleaved).sum(1)
     sum_dy_x = gather_ranks(_sum_positions(dy * normalized), vt_world_size, interleaved).sum(1)
