@@ -15,7 +15,7 @@ from .errors import ConfigurationError, InputError, NothingToConvertError, Unsup
 from .kernels.partition import share_sizes
 from .layers import DistBatchNormMixin
 from .processes import gather_rows, group_place
-from .replicas import merge_moments
+from .replicas import merge_moments, wide_dtype
 from .sync import running_statistics
 
 __all__ = ["recalibrate"]
@@ -139,8 +139,7 @@ class _Watcher:
         self.ranks = getattr(layer, "vt_world_size", 1)
         mean = buffers["running_mean"]
         rows = mean if mean.dim() == 2 else mean[None]
-        wide = torch.float32 if mean.device.type == "mps" else torch.float64  # Metal has none
-        zeros = torch.zeros_like(rows, dtype=wide)
+        zeros = torch.zeros_like(rows, dtype=wide_dtype(mean))
         self.moments: Moments = (zeros[:, :1].clone(), zeros, zeros.clone())
 
     def check_input_dim(self, input: Tensor) -> None:

@@ -31,9 +31,13 @@ __all__ = [
     "reduce_rows",
     "reduce_statistics",
     "replicate",
+    "wide_dtype",
 ]
 
 REDUCTIONS = ("mean", "select", "pooled")
+
+# Kinds of devices that all have it. Metal does not, nor do many of Intel's GPUs and others.
+_WITH_FLOAT64 = ("cpu", "cuda", "meta")
 
 
 def check_reduction(reduction: str, rank: int, ranks: int, prefix: str = "") -> None:
@@ -70,6 +74,13 @@ def replicate(statistic: Tensor, ranks: int) -> Tensor:
     )
 
 
+def wide_dtype(statistic: Tensor) -> torch.dtype:
+    """Return the dtype to reduce a statistic in: float64 where there is one, else float32."""
+    if statistic.device.type in _WITH_FLOAT64:
+        return torch.float64
+    return torch.promote_types(statistic.dtype, torch.float32)
+
+
 def reduce_statistics(
     running_mean: Tensor, running_var: Tensor, reduction: str = "mean", rank: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -97,8 +108,7 @@ def reduce_statistics(
         return running_mean[rank], running_var[rank]
     # Both at once: an evaluation does this in every layer, and each operation is a launch.
     rows = torch.stack((running_mean, running_var))
-    # Metal has no float64.
-    wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+    wide = rows.to(wide_dtype(rows))
     reduced = wide.mean(1)
     same = (rows.amin(1) == rows.amax(1)) | rows.isnan().all(1)
     if reduction == "pooled":
@@ -119,9 +129,9 @@ def evaluation_statistics(
     in it, and their mean rounds to that value, so that equal rows need no care; only the sign of
     zeros and the payload of NaN are lost.
     """
-    dtype, device = running_mean.dtype, running_mean.device
-    narrow = dtype == running_var.dtype and dtype != torch.float64 and device.type != "mps"
-    if reduction != "mean" or not narrow:
+    dtype = running_mean.dtype
+    narrow = dtype == running_var.dtype and dtype != torch.float64
+    if reduction != "mean" or not narrow or wide_dtype(running_mean) != torch.float64:
         return reduce_statistics(running_mean, running_var, reduction, rank)
     mean, var = torch.stack((running_mean, running_var)).double().mean(1).to(dtype).unbind()
     return mean, var

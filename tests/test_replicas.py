@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from distbn_convert import replicas
 from distbn_convert.errors import ConfigurationError
 from distbn_convert.replicas import (
     evaluation_statistics,
@@ -125,6 +128,29 @@ def test_mean_does_not_depend_on_the_order_of_the_ranks(seed: int, ranks: int) -
     rows = torch.randn(ranks, 32, generator=generator)
     order = torch.randperm(ranks, generator=generator)
     assert torch.equal(*(reduce_statistics(r, r.abs())[0] for r in (rows, rows[order])))
+
+
+class _WithoutFloat64(TorchDispatchMode):
+    """A device without it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert torch.float64 not in (kwargs or {}).values()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "select", "pooled"])
+@pytest.mark.parametrize("reduce", [reduce_statistics, evaluation_statistics])
+def test_devices_that_may_lack_float64_reduce_without_it(
+    reduce: Any, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeTensorMode():
+        assert replicas.wide_dtype(torch.empty(3, device="xpu")) == torch.float32
+    rows = torch.randn(4, 3), torch.rand(4, 3)
+    expected = reduce(*rows, reduction, 1)
+    monkeypatch.setattr(replicas, "_WITH_FLOAT64", ())
+    with _WithoutFloat64():
+        found = reduce(*rows, reduction, 1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_counter_is_the_selected_one_else_the_largest() -> None:
