@@ -192,6 +192,21 @@ def test_a_folder_without_a_checkpoint_is_told(tmp_path: Path) -> None:
         sniff(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("__0.metadata", "use_collectives=False"),
+        ("shard-00001-model-00001-of-00001.safetensors", "save_distributed=True"),
+    ],
+)
+def test_a_folder_that_each_rank_wrote_for_itself_is_refused_with_the_reason(
+    tmp_path: Path, name: str, option: str
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(RefusedError, match=f"each rank saved its .*{option}.*; .* without that"):
+        sniff(tmp_path)
+
+
 def test_a_folder_with_two_checkpoints_asks_for_one(tmp_path: Path) -> None:
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (tmp_path / name).write_text("{}")

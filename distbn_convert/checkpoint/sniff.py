@@ -50,6 +50,19 @@ _REFUSED = (
     ),
 )
 
+# Files of torch.distributed.checkpoint with what one rank has -> how they were saved, what to do.
+_BY_RANK = (
+    (
+        r"__\d+\.metadata",
+        "each rank saved its own .metadata (use_collectives=False); save it without that",
+    ),
+    (
+        r"shard-\d+-model-\d+-of-\d+\.safetensors",
+        "each rank saved its pieces of the tensors (HuggingFaceStorageWriter with "
+        "save_distributed=True); load it with HuggingFaceStorageReader and save it without that",
+    ),
+)
+
 
 def sniff(path: StrPath) -> Kind:
     """Return what kind of checkpoint ``path`` holds.
@@ -102,6 +115,9 @@ def _sniff_folder(folder: Path) -> Kind:
         return Kind.SHARDED
     if "model.safetensors" in names:
         return Kind.ACCELERATE
+    for pattern, how in _BY_RANK:
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise RefusedError(f"{folder} is a checkpoint of which {how}.")
     raise ReadError(
         f"{folder} is a folder without a checkpoint: expected .metadata, *.index.json or "
         f"model.safetensors among its {len(names)} entries; give the file itself."
