@@ -349,6 +349,20 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
+def test_metadata_of_safetensors_are_compared(tmp_path: Path) -> None:
+    """But for the format, which every file that we write names."""
+    state, one, two = bn_state(), tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(state, one, metadata={"format": "pt", "step": "1"})
+    save_file(state, two, metadata={"step": "1"})
+    convert_checkpoint(one, tmp_path / "shards", 2, max_shard_size=40)
+    verify_checkpoint(tmp_path / "shards", two)
+    for metadata in ({"step": "2"}, None):
+        save_file(state, two, metadata=metadata)
+        for other in (one, tmp_path / "shards"):
+            with pytest.raises(VerificationError, match="differ: the metadata 'step' differs"):
+                verify_checkpoint(other, two)
+
+
 def test_files_beside_the_weights_are_compared(tmp_path: Path) -> None:
     files = {"optimizer_bin": "1", "state_json": "{}", "logs__events": "a"}
     one, two = (folder(tmp_path / name, **files) for name in ("one", "two"))

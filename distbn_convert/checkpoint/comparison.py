@@ -13,7 +13,10 @@ from ..errors import VerificationError
 from ..replicas import reduce_count, reduce_statistics
 from .beside import files_beside, same_content
 from .compare import differences, same_bits
+from .flatstore import FlatStore
+from .folderstore import AccelerateStore, ShardedStore
 from .groups import Group, KeyPath, dotted
+from .header import PIECES
 from .side import Side
 from .stores import Place, Store
 from .torchstore import TreeStore
@@ -21,6 +24,7 @@ from .torchstore import TreeStore
 __all__ = ["Comparison"]
 
 T = TypeVar("T")
+_SAFETENSORS = (FlatStore, AccelerateStore, ShardedStore)
 
 
 class Comparison:
@@ -58,6 +62,7 @@ class Comparison:
         self._compare_objects()
         if files:
             self._compare_files()
+            self._compare_metadata()
 
     def raise_differences(self) -> None:
         """Raise VerificationError if there is a difference."""
@@ -175,6 +180,17 @@ class Comparison:
                     self._found.append(f"{name} differs")
             else:
                 self._alone[0 if name in first else 1].append(name)
+
+    def _compare_metadata(self) -> None:
+        """Compare what safetensors say of themselves, but for what follows from the tensors."""
+        first, second = (side.store for side in self.sides)
+        if not isinstance(first, _SAFETENSORS) or not isinstance(second, _SAFETENSORS):
+            return
+        one, two = dict(first.metadata or {}), dict(second.metadata or {})
+        optional = {"format"} - (one.keys() & two.keys())  # which files of ours always have
+        for key in sorted({*one, *two} - optional - {PIECES}):
+            if one.get(key) != two.get(key):
+                self._found.append(f"the metadata {key!r} differs")
 
 
 def _name(place: Place) -> str:

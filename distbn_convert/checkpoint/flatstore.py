@@ -35,6 +35,7 @@ class FlatStore:
         self.path = path
         self.header = read_header(path)
         self.tensors = len(self.header.tensors)
+        self.metadata = self.header.metadata
         self.warnings: list[str] = []
         self.opaque_globals: list[str] = []
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .checksums import check_zip
 from .flatstore import check_rewritten, read_numbers, specs_of_header
 from .groups import KeyPath, TensorSpec
-from .header import Header
+from .header import Header, merged_metadata
 from .shard_index import read_index
 from .sharded import other_weights, read_accelerate, write_accelerate, write_sharded
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
@@ -32,6 +32,7 @@ class _FolderStore:
     def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
         self.folder = folder
         self.tensors = sum(len(header.tensors) for header in headers.values())
+        self.metadata = merged_metadata(headers.values())
         self.opaque_globals: list[str] = []
         self.warnings: list[str] = []
         others = other_weights(folder, headers)

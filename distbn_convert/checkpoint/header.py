@@ -16,6 +16,7 @@ from .strict_json import StrictJsonError, parse_object
 
 __all__ = [
     "DTYPE_BITS",
+    "PIECES",
     "Header",
     "TensorInfo",
     "encode_header",
@@ -35,7 +36,7 @@ DTYPE_BITS = {
 
 _LARGEST = 100_000_000  # bytes, the package's own limit
 _WORD = 1 << 64  # the package counts in 64 bits
-_PIECES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's words
+PIECES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # torch's words
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -212,7 +213,7 @@ def located(
     numbers as axes, and its reader asks for all of a file. An axis of ranks comes first.
     """
     try:
-        old = parse_object((metadata or {})[_PIECES].encode())
+        old = parse_object((metadata or {})[PIECES].encode())
         begins = {name: entry[_OFFSETS] for name, entry in old.items()}
         new = {}
         for name, info in tensors.items():
@@ -221,7 +222,7 @@ def located(
     except (KeyError, TypeError, StrictJsonError):  # not by torch
         return metadata
     new = {name: new[name] for name in old if name in new} | new
-    return metadata if new == old else {**(metadata or {}), _PIECES: json.dumps(new)}
+    return metadata if new == old else {**(metadata or {}), PIECES: json.dumps(new)}
 
 
 def encode_header(header: Header) -> bytes:
