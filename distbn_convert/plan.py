@@ -231,11 +231,18 @@ def _judge(
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether a layer that is no ``_BatchNorm`` may be a batch norm of some other package."""
+    """Whether a layer that is no ``_BatchNorm`` may be a batch norm of some other package.
+
+    One of complex numbers has other names for its statistics; its own name tells.
+    """
     if isinstance(module, _InstanceNorm):  # of each sample by itself
         return False
-    names = ("running_mean", "running_var")
-    return all(module._buffers.get(name) is not None for name in names)
+    kept = {name for name, buffer in module._buffers.items() if buffer is not None}
+    if kept >= {"running_mean", "running_var"}:
+        return True
+    if not kept or "BatchNorm" not in type(module).__name__:
+        return False
+    return not any(isinstance(inner, _BatchNorm) for inner in module.modules())
 
 
 def _judge_opaque(module: nn.Module) -> tuple[Action, None, str] | None:

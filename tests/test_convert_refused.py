@@ -132,15 +132,25 @@ class ForeignBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(3))
 
 
-def test_batch_norms_of_other_packages_are_left_alone_with_a_warning() -> None:
-    foreign = ForeignBatchNorm()
+class ComplexBatchNorm2d(nn.Module):
+    """A batch norm of complex numbers, whose statistics have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moving_mean", torch.zeros(3, dtype=torch.cfloat))
+        self.register_buffer("moving_covariance", torch.eye(2).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("kind", [ForeignBatchNorm, ComplexBatchNorm2d])
+def test_batch_norms_of_other_packages_are_left_alone_with_a_warning(kind: type) -> None:
+    foreign = kind()
     model = nn.Sequential(
         foreign, nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)
     )
     with pytest.warns(UserWarning, match="left alone: module '0': it keeps running") as caught:
         convert_model(model, 2, filter_fn=lambda module, fqn: module.num_features == 3)
     assert [warning.filename for warning in caught] == [__file__]
-    assert type(model[0]) is ForeignBatchNorm
+    assert type(model[0]) is kind
     assert type(model[1]) is DistBatchNorm2d
     with pytest.raises(NothingToConvertError, match="found none .module '0': it keeps running"):
         convert_model(nn.Sequential(foreign), 2)
