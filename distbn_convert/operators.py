@@ -38,6 +38,9 @@ _LIBRARY.define(
 )
 
 
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
 def _batch_norm(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return select_backend(input).forward(input, *args)
 
@@ -48,15 +51,30 @@ def _batch_norm_backward(
     return select_backend(input).backward(grad_output, input, *args)
 
 
-def _batch_norm_backward_operator(
-    grad_output: Tensor, input: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _without_class(value: Any) -> Any:
+    """Return a tensor without a class that only adds to torch's, as MONAI's MetaTensor does.
+
+    Its methods may take other arguments than those that the backends call.
+    """
+    cls = type(value)
+    if cls in _PLAIN_TYPES or not isinstance(value, Tensor):
+        return value
+    alone = cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return value if alone else value.as_subclass(Tensor)
+
+
+def _batch_norm_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm(*map(_without_class, args))
+
+
+def _batch_norm_backward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An operator cannot return None; 0 elements stand for it."""
-    dx, dw, db, grad_residual = _batch_norm_backward(grad_output, input, *args)
-    return dx, dw, db, input.new_empty((0,)) if grad_residual is None else grad_residual
+    grad_output, *saved = map(_without_class, args)
+    dx, dw, db, grad_residual = _batch_norm_backward(grad_output, *saved)
+    return dx, dw, db, grad_output.new_empty((0,)) if grad_residual is None else grad_residual
 
 
-_LIBRARY.impl("batch_norm", _batch_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_norm", _batch_norm_operator, "CompositeExplicitAutograd")
 _LIBRARY.impl("batch_norm_backward", _batch_norm_backward_operator, "CompositeExplicitAutograd")
 
 
@@ -105,9 +123,6 @@ torch.library.register_fake(
 
 _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
-
-
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:

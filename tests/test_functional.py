@@ -380,6 +380,31 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], match: str) -> None
         dist_batch_norm(torch.randn(8, 3), vt_world_size=2, **arguments)
 
 
+class _Image(Tensor):
+    """Carries what a loader knows of an image; with a method of torch's in its own form."""
+
+    def new_empty(self, size: Any, dtype: Any = None) -> Any:
+        return torch.empty(size, dtype=dtype or self.dtype).as_subclass(type(self))
+
+
+def test_a_subclass_of_tensor_may_have_methods_of_its_own() -> None:
+    # As MONAI's MetaTensor, in which all of its loaders' batches come.
+    input, weight, bias, mean, var, upstream = make_case((8, 5, 4), 2, torch.float32)
+    settings: Any = {"vt_world_size": 2, "activation": "relu"}
+    outputs, gradients, rows = [], [], []
+    for kind in (Tensor, _Image):
+        mean_2, var_2 = mean.clone(), var.clone()
+        image = input.detach().as_subclass(kind).requires_grad_()
+        output = dist_batch_norm(image, mean_2, var_2, weight, bias, **settings)
+        assert type(output) is kind
+        found = torch.autograd.grad(output, (image, weight, bias), upstream.as_subclass(kind))
+        outputs.append(output.as_subclass(Tensor))
+        gradients.append([gradient.as_subclass(Tensor) for gradient in found])
+        rows.append((mean_2, var_2))
+    for pair in (outputs, gradients, rows):
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
