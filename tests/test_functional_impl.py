@@ -211,7 +211,7 @@ def test_auto_is_the_op_only_where_it_has_a_kernel(backend: str) -> None:
     assert bool(operators_seen(batch, impl="auto")) is (backend == "cpu")
 
 
-@since_torch(2, 7, "it cannot be told that a program is exported")
+@since_torch(2, 8, "it cannot be told that a program is exported")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["auto", "decomposed"])
@@ -233,7 +233,7 @@ def test_exported_layer_holds_plain_operations_and_trains(
     torch.testing.assert_close(*results, rtol=eps, atol=eps)
 
 
-@since_torch(2, 7, "it cannot be told that a program is exported")
+@since_torch(2, 8, "it cannot be told that a program is exported")
 @pytest.mark.parametrize(
     ("size", "strict"),
     [
@@ -264,7 +264,7 @@ def test_exported_layer_trains_on_every_batch_with_samples_for_all_ranks(
         torch.testing.assert_close(*results)
 
 
-@since_torch(2, 7, "it cannot be told that a program is exported")
+@since_torch(2, 8, "it cannot be told that a program is exported")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_layer_trains_on_maps_of_every_size(strict: bool) -> None:
     layer = DistBatchNorm2d(3, vt_world_size=4).double()

@@ -28,7 +28,7 @@ PARTITIONS = ("contiguous", "interleaved")
 
 
 def is_exporting() -> bool:
-    """Say whether :func:`torch.export.export` traces; torch 2.6 cannot tell.
+    """Say whether :func:`torch.export.export` traces; before torch 2.8 that cannot be told.
 
     The flag itself: to the compiler of torch 2.11, ``is_exporting()`` is whether it traces at all.
     """
