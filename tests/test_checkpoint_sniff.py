@@ -88,6 +88,17 @@ def test_a_file_is_told_by_its_content_not_by_its_name(
     assert sniff(str(tmp_path / "link")) is kind
 
 
+@pytest.mark.parametrize("length", [640, 1408, 0x7B20])  # as the start of pickles, and of " {"
+def test_the_length_of_a_header_is_not_taken_for_something_else(
+    tmp_path: Path, length: int
+) -> None:
+    unpadded = int.from_bytes(save(state(), {"note": ""})[:8], "little")
+    content = save(state(), {"note": "-" * (length - unpadded)})
+    assert int.from_bytes(content[:8], "little") == length
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert sniff(tmp_path / "a.safetensors") is Kind.SAFETENSORS
+
+
 @pytest.mark.parametrize(
     ("entries", "kind"),
     [

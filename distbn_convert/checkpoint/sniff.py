@@ -129,6 +129,10 @@ def _sniff_file(path: StrPath, size: int) -> Kind:
         head = file.read(1024)
     if not head:
         raise ReadError(f"{path} is empty (0 bytes); {CUT_SHORT}.")
+    # First, as a length may look like the start of a pickle, or of JSON after a blank.
+    length = int.from_bytes(head[:8], "little")
+    if length < _LARGEST_HEADER and head[8:].lstrip().startswith(b"{"):
+        return Kind.SAFETENSORS
     if head.startswith(MAGIC):
         return _sniff_zip(path)
     if re.match(rb"\x80[\x02-\x05]", head):
@@ -136,9 +140,6 @@ def _sniff_file(path: StrPath, size: int) -> Kind:
     _refuse_others(path, head, size)
     if str(path).endswith(".index.json"):
         return Kind.SHARDED
-    length = int.from_bytes(head[:8], "little")
-    if length < _LARGEST_HEADER and head[8:].lstrip().startswith(b"{"):
-        return Kind.SAFETENSORS
     raise ReadError(
         f"{path} is not a checkpoint, or is damaged: it starts with {head[:8].hex(' ')} "
         f"({human_size(size)}); expected a file by torch.save or safetensors."
