@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,16 @@ def test_metadata_of_safetensors_are_compared(tmp_path: Path) -> None:
         for other in (one, tmp_path / "shards"):
             with pytest.raises(VerificationError, match="differ: the metadata 'step' differs"):
                 verify_checkpoint(other, two)
+
+
+def test_shards_of_torch_have_no_place_for_metadata(tmp_path: Path) -> None:
+    state, shard, flat = bn_state(), "pytorch_model-00001-of-00001.bin", tmp_path / "a.safetensors"
+    save_file(state, flat, metadata={"step": "1"})
+    (tmp_path / "shards").mkdir()
+    torch.save(state, tmp_path / "shards" / shard)
+    index = {"weight_map": dict.fromkeys(state, shard)}
+    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    verify_checkpoint(tmp_path / "shards", flat)
 
 
 def test_files_beside_the_weights_are_compared(tmp_path: Path) -> None:

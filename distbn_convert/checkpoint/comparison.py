@@ -186,7 +186,9 @@ class Comparison:
         first, second = (side.store for side in self.sides)
         if not isinstance(first, _SAFETENSORS) or not isinstance(second, _SAFETENSORS):
             return
-        one, two = dict(first.metadata or {}), dict(second.metadata or {})
+        one, two = first.metadata, second.metadata
+        if one is None or two is None:
+            return
         optional = {"format"} - (one.keys() & two.keys())  # which files of ours always have
         for key in sorted({*one, *two} - optional - {PIECES}):
             if one.get(key) != two.get(key):

@@ -35,7 +35,7 @@ class FlatStore:
         self.path = path
         self.header = read_header(path)
         self.tensors = len(self.header.tensors)
-        self.metadata = self.header.metadata
+        self.metadata = self.header.metadata or {}
         self.warnings: list[str] = []
         self.opaque_globals: list[str] = []
 

@@ -32,7 +32,9 @@ class _FolderStore:
     def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
         self.folder = folder
         self.tensors = sum(len(header.tensors) for header in headers.values())
-        self.metadata = merged_metadata(headers.values())
+        flat = [header for file, header in headers.items() if file.endswith(".safetensors")]
+        # None where all shards are torch's, which have no place for any.
+        self.metadata = merged_metadata(flat) or {} if flat else None
         self.opaque_globals: list[str] = []
         self.warnings: list[str] = []
         others = other_weights(folder, headers)
