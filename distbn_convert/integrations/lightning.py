@@ -97,7 +97,10 @@ class VirtualRanks(Callback):
 
         def deal(loader: object) -> object:
             if trainer.training and isinstance(loader, DataLoader):
-                loader = self.deal(loader)
+                # Lightning's word for it: a Trainer may be alone where WORLD_SIZE tells of others,
+                # and processes that hold one model together take the same samples.
+                place = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+                loader = self.deal(loader, **place)
                 if trainer.overfit_batches:  # wants the same batches in each epoch
                     batches = copy.copy(loader.batch_sampler)
                     vars(batches)["set_epoch"] = None
@@ -106,7 +109,9 @@ class VirtualRanks(Callback):
 
         trainer.strategy.process_dataloader = deal
 
-    def deal(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+    def deal(
+        self, loader: DataLoader[Any], num_replicas: int | None = None, rank: int | None = None
+    ) -> DataLoader[Any]:
         """Return a copy of the loader, with all that it has, whose batches are those of V ranks."""
         batches = loader.batch_sampler
         ranks = {
@@ -126,6 +131,8 @@ class VirtualRanks(Callback):
         sampler: Any = VirtualDistributedSampler(
             loader.dataset,  # type: ignore[arg-type]
             loader.batch_size,  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
             shuffle=type(loader.sampler) is RandomSampler,
             seed=int(os.getenv("PL_GLOBAL_SEED", "0")),
             drop_last_batch=loader.drop_last,

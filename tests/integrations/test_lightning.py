@@ -235,6 +235,15 @@ def test_a_loader_of_a_class_of_yours_stays_one(source: str) -> None:
     assert [batch.flatten().tolist() for batch in dealt] == [b for b in batches for _ in range(2)]
 
 
+def test_a_trainer_alone_deals_to_itself_whatever_the_environment_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer = fit(make_module(), VirtualRanks(4), make_loader(), epochs=1)
+    batches = trainer.train_dataloader.batch_sampler
+    assert (batches.num_replicas, batches.rank) == (1, 0)
+
+
 def test_a_loader_that_has_begun_with_its_own_batches_is_refused() -> None:
     loader = count()
     loader.ahead = iter(loader)
