@@ -311,7 +311,7 @@ def _nothing(
     entries: list[PlanEntry], filter_fn: FilterFn | None, what: str, verb: str
 ) -> NothingToConvertError:
     filtered = [entry for entry in entries if entry.action == "filtered"]
-    if filter_fn is not None and filtered:
+    if filtered:
         name = getattr(filter_fn, "__qualname__", repr(filter_fn))
         names = ", ".join(repr(entry.fqn) for entry in filtered[:3])
         more = ", ..." if len(filtered) > 3 else ""

@@ -179,7 +179,7 @@ class _Watcher:
         batch = (seen * samples).view_as(values) * self.shape[2:].numel()
         new_mean = self.buffers["running_mean"].to(mean).view_as(mean)
         new_var = self.buffers["running_var"].to(mean).view_as(mean)
-        new = (batch, new_mean, new_var * (batch - 1).clamp(min=0))  # undoes Bessel's correction
+        new = (batch, new_mean, new_var * (batch - 1))  # undoes Bessel's correction
         self.moments = merge_moments(*map(torch.stack, zip(self.moments, new, strict=True)))
         self.shape = None
 
@@ -208,7 +208,7 @@ class _Watcher:
         values, mean, deviations = moments
         for name, new in (
             ("running_mean", mean),
-            ("running_var", deviations / values.clamp(min=1)),
+            ("running_var", deviations / values),
         ):
             buffer = self.buffers[name]
             rows = buffer if buffer.dim() == 2 else buffer[None]

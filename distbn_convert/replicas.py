@@ -146,7 +146,7 @@ def reduce_count(num_batches_tracked: Tensor, reduction: str = "mean", rank: int
         return num_batches_tracked.amax(0)
     # A file may have another dtype, of which torch may have no maximum.
     largest = num_batches_tracked.flatten().real.cpu().double().argmax()
-    return num_batches_tracked[int(largest)].clone()
+    return num_batches_tracked[int(largest)]
 
 
 def reduce_rows(

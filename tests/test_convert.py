@@ -271,6 +271,10 @@ def test_filter_must_agree_about_a_shared_module() -> None:
     with pytest.raises(ConversionError, match="takes 'a' and leaves out 'b'"):
         convert_model(model, 2, filter_fn=lambda module, fqn: fqn == "a")
     assert type(model.a) is nn.BatchNorm2d
+    convert_model(model, 2)
+    with pytest.raises(ConversionError, match="takes 'a' and leaves out 'b'"):
+        revert_model(model, filter_fn=lambda module, fqn: fqn == "a")
+    assert type(model.a) is DistBatchNorm2d
 
 
 @pytest.mark.parametrize("settings", [{}, {"eval_reduction": "select", "eval_rank": 3}])

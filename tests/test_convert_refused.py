@@ -105,8 +105,10 @@ def test_nothing_matched_is_an_error_that_names_the_filter() -> None:
         convert_model(small_net(), 2, filter_fn=take_none)
     with pytest.raises(NothingToConvertError, match="take_none took none of 2"):
         revert_model(convert_model(small_net(), 2), filter_fn=take_none)
-    with pytest.raises(NothingToConvertError, match="some BatchNorm to convert, but found none"):
-        convert_model(nn.Linear(3, 3), 2)
+    for filter_fn in (None, take_none):
+        match = "some BatchNorm to convert, but found none"
+        with pytest.raises(NothingToConvertError, match=match):
+            convert_model(nn.Linear(3, 3), 2, filter_fn=filter_fn)
     with pytest.raises(
         NothingToConvertError, match="some layers with virtual ranks to revert, but found none"
     ):

@@ -112,8 +112,9 @@ def test_evaluation_is_one_plain_batch_norm_bit_for_bit(
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-def test_without_running_statistics_evaluation_uses_the_whole_batch() -> None:
-    layer = DistBatchNorm2d(6, vt_world_size=4, track_running_stats=False)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_without_running_statistics_evaluation_uses_the_whole_batch(momentum: Any) -> None:
+    layer = DistBatchNorm2d(6, momentum=momentum, vt_world_size=4, track_running_stats=False)
     assert layer.running_mean is layer.running_var is layer.num_batches_tracked is None
     input = torch.randn(8, 6, 4, 3)
     torch.testing.assert_close(

@@ -288,7 +288,8 @@ def test_after_an_error_everything_is_as_before() -> None:
     assert model.norm.momentum == 0.1
 
 
-def test_only_so_many_batches_are_drawn() -> None:
+@pytest.mark.parametrize("most", [1, 2])
+def test_only_so_many_batches_are_drawn(most: int) -> None:
     drawn = []
 
     def stream() -> Any:
@@ -297,9 +298,9 @@ def test_only_so_many_batches_are_drawn() -> None:
             yield batch
 
     layer = nn.BatchNorm2d(3).double()
-    recalibrate(layer, stream(), max_batches=2, device="cpu")
-    assert len(drawn) == 2
-    torch.testing.assert_close(layer.running_mean, population(make_batches()[:2])[0], **CLOSE)
+    recalibrate(layer, stream(), max_batches=most, device="cpu")
+    assert len(drawn) == most
+    torch.testing.assert_close(layer.running_mean, population(make_batches()[:most])[0], **CLOSE)
 
 
 def test_a_compiled_model_is_measured_too() -> None:
@@ -323,15 +324,19 @@ def test_progress_is_a_line_on_a_terminal(
     stream = io.StringIO()
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
-    recalibrate(nn.BatchNorm2d(3).double(), make_batches(), max_batches=3, progress=progress)
-    for most in (None, 2):
-        batches = iter(make_batches())
+    shown = ""
+    for kind, most, total, count in (
+        (list, 3, 3, 3),
+        (list, 9, 4, 4),
+        (list, None, 4, 4),
+        (iter, None, "?", 4),
+        (iter, 2, 2, 2),
+    ):
         layer = nn.BatchNorm2d(3).double()
-        recalibrate(layer, batches, max_batches=most, progress=progress)
-    shown = [f"\rrecalibrate: batch {n} of 3" for n in (1, 2, 3)]
-    shown += ["\n"] + [f"\rrecalibrate: batch {n} of ?" for n in (1, 2, 3, 4)] + ["\n"]
-    shown += [f"\rrecalibrate: batch {n} of 2" for n in (1, 2)] + ["\n"]
-    assert stream.getvalue() == ("".join(shown) if terminal and progress else "")
+        recalibrate(layer, kind(make_batches()), max_batches=most, progress=progress)
+        shown += "".join(f"\rrecalibrate: batch {n} of {total}" for n in range(1, count + 1))
+        shown += "\n"
+    assert stream.getvalue() == (shown if terminal and progress else "")
 
 
 def test_what_cannot_be_recalibrated_is_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -89,6 +90,8 @@ def test_an_interleaved_epoch_is_the_permutation_itself() -> None:
 def test_every_epoch_has_a_permutation_of_its_own() -> None:
     sampler = VirtualDistributedSampler(range(40), 5, 4)
     first = list(sampler)
+    real = real_batches(40, 5, 4, 0, False)  # of the same defaults
+    assert first == [list(chain(*shares)) for shares in zip(*real, strict=True)]
     sampler.set_epoch(1)
     assert list(sampler) != first
     sampler.set_epoch(0)
@@ -123,9 +126,10 @@ def test_one_made_before_the_processes_are_joined_finds_them(
         given = VirtualDistributedSampler(range(40), 5, 2, num_replicas=2, rank=1)
         assert (early.num_replicas, early.rank, len(early)) == (2, 1, 2)
         assert list(early) == list(given)
+        late = VirtualDistributedSampler(range(40), 5, 2)
     finally:
         dist.destroy_process_group()
-    assert list(early) == list(given)
+    assert list(early) == list(late) == list(given)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="WORLD_SIZE=2 .* call init_process_group first"):
         list(VirtualDistributedSampler(range(40), 5, 2))
@@ -175,6 +179,7 @@ def test_a_last_batch_too_small_for_batch_norm_is_refused_by_the_layer_as_ddp_re
         ({"partition": "chunk"}, "partition must be one of 'contiguous', 'interleaved', but got"),
         ({"rank": 1}, r"rank must be an int from 0 to 0 \(there are 1 processes\), but got 1"),
         ({"num_replicas": 2, "rank": -1}, "rank must be an int from 0 to 1"),
+        ({"num_replicas": 2, "rank": True}, "but got True"),
     ],
 )
 def test_arguments_outside_their_values_are_refused(arguments: dict[str, Any], match: str) -> None:
