@@ -151,7 +151,7 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         if _is_running():
             self._place = _replica(None, None)
             return self._place
-        processes = os.getenv("WORLD_SIZE", "1")
+        processes = os.getenv("WORLD_SIZE") or "1"
         if processes != "1":
             raise ConfigurationError(
                 f"expected torch.distributed to be initialised, as WORLD_SIZE={processes} in the "

@@ -119,6 +119,7 @@ def test_one_made_before_the_processes_are_joined_finds_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As by a script for Lightning's Trainer; each process dealt all that one alone would."""
+    monkeypatch.setenv("WORLD_SIZE", "")  # tells of none
     early = VirtualDistributedSampler(range(40), 5, 2)
     assert (early.num_replicas, early.rank, len(early)) == (1, 0, 4)
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
