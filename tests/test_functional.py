@@ -149,6 +149,7 @@ def test_rank_without_samples_keeps_its_statistics() -> None:
     assert not (mean[:2] == before[0][:2]).any()
 
 
+@pytest.mark.usefixtures("backend")
 def test_cumulative_average_is_taken_for_each_rank() -> None:
     mean, var = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
     counts = torch.zeros(2, dtype=torch.long)
@@ -162,8 +163,8 @@ def test_cumulative_average_is_taken_for_each_rank() -> None:
             for s in shares
             if len(s[rank])
         ]
-        torch.testing.assert_close(mean[rank], torch.stack([m for m, _ in moments]).mean(0))
-        torch.testing.assert_close(var[rank], torch.stack([v for _, v in moments]).mean(0))
+        expected = [torch.stack(moment).mean(0) for moment in zip(*moments, strict=True)]
+        torch.testing.assert_close([mean[rank], var[rank]], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (4, 3, 0), (0, 3)], ids=str)

@@ -69,7 +69,7 @@ class VirtualRanks(Callback):
         for callback in takewhile(lambda other: other is not self, others):
             if isinstance(callback, averaging):  # it has copied the module without ranks
                 callback.setup(trainer, pl_module, stage)
-        if stage == "fit" and self.sampler:
+        if self.sampler:
             self._deal_for(trainer)
 
     def on_train_batch_start(

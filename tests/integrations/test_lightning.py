@@ -148,6 +148,22 @@ def test_a_trainer_that_steps_between_micro_steps_is_refused() -> None:
     assert all(module.state_dict()[name].equal(before[name]) for name in before if "weight" in name)
 
 
+def test_a_module_that_steps_by_itself_needs_nothing_of_the_trainer() -> None:
+    module = Recorder()
+    module.automatic_optimization = False  # Lightning then refuses accumulate_grad_batches
+    fit(module, VirtualRanks(2, accumulation_steps=2), count(), epochs=1)
+    assert module.layer.num_batches_tracked.tolist() == [4] * 4
+
+
+def test_an_epoch_for_the_statistics_alone_needs_no_steps() -> None:
+    """Which Lightning adds after averaging weights, and calls one of an odd number of batches."""
+    module = make_module()
+    average = L.callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1, device=None)
+    ranks = VirtualRanks(2, accumulation_steps=2)
+    fit(module, [ranks, average], make_loader(), accumulate_grad_batches=2)
+    assert module.net[1].num_batches_tracked.tolist() == [3] * 4  # counted anew
+
+
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
 def test_the_loaders_in_a_combined_loader_are_dealt(mode: Any) -> None:
     module, plain = Recorder(), Recorder()
