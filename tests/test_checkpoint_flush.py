@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -52,3 +53,14 @@ def test_parts_are_sent_in_order_without_a_gap_if_the_disk_shall_hold_them(
     stops = [start + length for start, length in sent]
     assert [start for start, _ in sent] == [0, *stops[:-1]]
     assert 8_000_000 < stops[-1] <= (tmp_path / "out.pth").stat().st_size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists them there")
+@pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
+def test_no_file_or_folder_stays_open(tmp_path: Path, name: str) -> None:
+    torch.save(torch.nn.BatchNorm1d(4).state_dict(prefix="bn."), tmp_path / "in.pth")
+    form = "torch" if name.endswith(".pth") else "safetensors"
+    convert_checkpoint(tmp_path / "in.pth", tmp_path / f"first-{name}", 2, format=form)
+    before = len(os.listdir("/proc/self/fd"))
+    convert_checkpoint(tmp_path / "in.pth", tmp_path / name, 2, format=form)
+    assert len(os.listdir("/proc/self/fd")) == before
