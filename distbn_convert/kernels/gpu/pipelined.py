@@ -91,7 +91,8 @@ def load_words(x, slab, begin, stop, block, TILE: tl.constexpr):
 def load_first(x, slab, stop, block, TILE: tl.constexpr):
     """Return a slab's first row, if it has any, ``[CHANNELS / 2]`` words."""
     lanes, valid = word_lanes(slab, block, TILE)
-    return tl.load((x + block.start).to(_WORD) + lanes, mask=valid & (stop > 0), other=0)
+    valid &= tl.zeros_like(lanes) < stop  # no scalar, of which the interpreter makes no mask
+    return tl.load((x + block.start).to(_WORD) + lanes, mask=valid, other=0)
 
 
 @triton.jit
