@@ -13,8 +13,6 @@ from ..errors import VerificationError
 from ..replicas import reduce_count, reduce_statistics
 from .beside import files_beside, same_content
 from .compare import differences, same_bits
-from .flatstore import FlatStore
-from .folderstore import AccelerateStore, ShardedStore
 from .groups import Group, KeyPath, dotted
 from .header import PIECES
 from .side import Side
@@ -24,7 +22,6 @@ from .torchstore import TreeStore
 __all__ = ["Comparison"]
 
 T = TypeVar("T")
-_SAFETENSORS = (FlatStore, AccelerateStore, ShardedStore)
 
 
 class Comparison:
@@ -183,10 +180,7 @@ class Comparison:
 
     def _compare_metadata(self) -> None:
         """Compare what safetensors say of themselves, but for what follows from the tensors."""
-        first, second = (side.store for side in self.sides)
-        if not isinstance(first, _SAFETENSORS) or not isinstance(second, _SAFETENSORS):
-            return
-        one, two = first.metadata, second.metadata
+        one, two = (side.store.metadata for side in self.sides)
         if one is None or two is None:
             return
         optional = {"format"} - (one.keys() & two.keys())  # which files of ours always have

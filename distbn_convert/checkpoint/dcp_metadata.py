@@ -6,7 +6,6 @@ known, and no object but an instance of one can be given a state.
 
 from __future__ import annotations
 
-import copyreg
 import io
 import pathlib
 import pickle
@@ -128,12 +127,14 @@ def read_metadata(folder: Path) -> tuple[metadata.Metadata, int]:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves out strides that are not known: torch before 2.15 reads no more than it wrote."""
+    """Leaves out strides that are not known: no torch before 2.15 reads a sixth field."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is metadata.TensorProperties and getattr(obj, "strides", None) is None:
-            return copyreg.__newobj__, (type(obj),), obj.__getstate__()[:5]  # type: ignore[attr-defined]
-        return NotImplemented
+        if not isinstance(obj, metadata.TensorProperties):
+            return NotImplemented
+        reduced: Any = obj.__reduce_ex__(2)
+        make, arguments, state, *_ = reduced
+        return make, arguments, state[:5] if state[5:] == (None,) else state
 
 
 def pickled(records: metadata.Metadata, protocol: int) -> bytes:

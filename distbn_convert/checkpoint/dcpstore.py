@@ -28,6 +28,7 @@ class DcpStore:
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, read_dcp(path)
+        self.metadata = None
         self.opaque_globals: list[str] = []
         self.warnings: list[str] = []
         specs = specs_of_header(self.folder.header)

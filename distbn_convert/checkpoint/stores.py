@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -83,6 +83,10 @@ class Store(Protocol):
     tensors: int
     warnings: list[str]
     opaque_globals: list[str]
+
+    @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """What safetensors say of themselves; None where the format has no place for it."""
 
     def files(self) -> Iterable[Path]:
         """Yield the files that are read."""

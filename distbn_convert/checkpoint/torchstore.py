@@ -37,6 +37,7 @@ class TreeStore:
     def __init__(self, path: Path, format: str, options: ReadOptions) -> None:
         self.path, self.format, self.options = path, format, options
         self.file = file = load_torch(path, options)
+        self.metadata = None
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))
