@@ -263,9 +263,11 @@ class DistBatchNormMixin(_BatchNorm):
         return one and isinstance(mean, Tensor) and mean.dim() == 1
 
 
-# What a layer with virtual ranks has that BatchNorm has not.
+# What a layer with virtual ranks has that BatchNorm has not, but for what Python gives a class.
 ADDED_NAMES = frozenset(dir(DistBatchNormMixin)) | {one.name for one in fields(RankSettings)}
-ADDED_NAMES -= frozenset(dir(_BatchNorm))
+ADDED_NAMES = frozenset(
+    name for name in ADDED_NAMES - {*dir(_BatchNorm)} if not name.startswith("__")
+)
 
 
 class DistBatchNorm1d(DistBatchNormMixin, nn.BatchNorm1d):
