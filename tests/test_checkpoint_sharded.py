@@ -14,12 +14,7 @@ from huggingface_hub import load_torch_model, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distbn_convert.checkpoint import (
-    carry,
-    convert_checkpoint,
-    revert_checkpoint,
-    shard_index,
-)
+from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint, shard_index
 from distbn_convert.checkpoint.shard_index import ShardIndex, read_index
 from distbn_convert.checkpoint.sharded import (
     other_weights,
@@ -32,6 +27,7 @@ from distbn_convert.checkpoint.strict_json import parse_object
 from distbn_convert.errors import FileAccessError, OutputExistsError, ReadError, RefusedError
 
 from .checkpoints import bn_state, contents, write_index
+from .places import restrict
 
 BN_KEYS = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
 
@@ -267,7 +263,7 @@ def test_a_folder_is_converted_in_place(
     (tmp_path / "in" / "1.safetensors").chmod(0o600)
     inode = (tmp_path / "in" / "optimizer").stat().st_ino
     if not links:
-        monkeypatch.setattr(carry, "_link", lambda old, new: False)
+        restrict(monkeypatch, "no hard links")
     with pytest.raises(OutputExistsError):
         convert(tmp_path / "in", tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "in", overwrite=True)

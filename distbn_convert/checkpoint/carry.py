@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
@@ -176,10 +175,8 @@ def _parents(names: Iterable[str]) -> set[str]:
 def _link(old: Path, new: Path) -> bool:
     try:
         os.link(old, new)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
-            return False  # this file system, or this file, takes no more links
-        raise
+    except OSError:  # this file system, or this file, takes no more links
+        return False
     return True
 
 
