@@ -162,7 +162,7 @@ class _SkipInit(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         target = args[0] if args else kwargs.get("tensor")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        in_place = name.endswith("_") and not name.endswith("__")
         if in_place and isinstance(target, nn.Parameter):
             return target
         return func(*args, **kwargs)

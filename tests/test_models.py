@@ -120,11 +120,20 @@ def test_video_and_optical_flow_and_detection_models_train_with_ranks() -> None:
 
 
 def test_get_model_takes_torchvisions_and_the_converters_arguments() -> None:
-    model = models.get_model("resnet18", 4, num_classes=7, partition="interleaved", eval_rank=3)
+    options = {"partition": "interleaved", "eval_reduction": "select", "eval_rank": 3}
+    options |= {"accumulation_steps": 2}
+    model = models.get_model(
+        "resnet18", 4, num_classes=7, filter_fn=lambda _, fqn: fqn != "bn1", **options
+    )
     assert model.fc.out_features == 7
-    assert (model.bn1.vt_world_size, model.bn1.partition, model.bn1.eval_rank) == (
-        4, "interleaved", 3,
-    )  # fmt: skip
+    assert type(model.bn1) is nn.BatchNorm2d
+    layer = model.layer1[0].bn1
+    assert (layer.vt_world_size, {name: getattr(layer, name) for name in options}) == (4, options)
+    with pytest.raises(ConfigurationError, match="unsupported must be"):
+        models.get_model("resnet18", unsupported="never")
+    theirs, ours = signature(convert_model).parameters, signature(models.get_model).parameters
+    for name in theirs.keys() - {"model", "vt_world_size"}:
+        assert ours[name].default == theirs[name].default
     assert models.get_model("resnet18").bn1.vt_world_size == 8
     assert models.list_models() == torchvision.models.list_models()
     assert "resnet50" in models.list_models(include="resnet*")
