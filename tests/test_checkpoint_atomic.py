@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -242,14 +243,22 @@ def test_a_file_that_grows_too_large_is_told_whoever_wrote_it(
     assert not overwrite or (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_failed_write_that_the_writer_hides_is_still_found(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("error", [None, RuntimeError("of its own")], ids=repr)
+def test_a_failed_write_that_the_writer_hides_is_still_found(
+    tmp_path: Path, way: str, error: Exception | None
+) -> None:
+    def write(file: IO[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            file.write(bytes(40_000_000))
+        if error is not None:
+            raise error
+
     with (
         pytest.raises(FileAccessError, match="file too large"),
         largest_file(1_000_000),
         atomic_output(tmp_path / "a") as file,
-        contextlib.suppress(OSError),
     ):
-        file.write(bytes(40_000_000))
+        write(file)
     assert names(tmp_path) == []
 
 

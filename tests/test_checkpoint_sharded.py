@@ -248,7 +248,11 @@ def convert(src: Path, dst: Path, **options: Any) -> None:
 def test_files_carried_over_are_copies_with_their_mode(tmp_path: Path) -> None:
     tiny(tmp_path / "in", optimizer="momentum")
     (tmp_path / "in" / "optimizer").chmod(0o640)
+    (tmp_path / "in" / "logs").mkdir(mode=0o750)
+    os.utime(tmp_path / "in" / "logs", (1e9, 1e9))
     convert(tmp_path / "in", tmp_path / "out")
+    logs = (tmp_path / "out" / "logs").stat()
+    assert (stat.S_IMODE(logs.st_mode), logs.st_mtime) == (0o750, 1e9)
     copy = tmp_path / "out" / "optimizer"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o640
     copy.write_text("written in place, as torch.save does")

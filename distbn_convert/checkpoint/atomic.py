@@ -95,17 +95,14 @@ def atomic_output(
 
 
 class _Raw(io.FileIO):
-    """A file that remembers the first write that failed, and can be told to drop its data."""
+    """A file that remembers the first write that failed."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "r+")
         self.name = name
         self.failure: OSError | None = None
-        self.discarded = False
 
     def write(self, data: Any, /) -> int:
-        if self.discarded:
-            return memoryview(data).nbytes
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -160,7 +157,6 @@ class _Output:
         try:
             if self.raw is not None:
                 self.failure = self.failure or self.raw.failure
-                self.raw.discarded = True
             if self.stream is not None:
                 with contextlib.suppress(OSError):
                     self.stream.close()

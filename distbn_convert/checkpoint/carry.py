@@ -78,7 +78,7 @@ def write_folder(
     with output as folder:
         with told(dst):
             for name in plan.folders:
-                os.makedirs(folder / name, exist_ok=True)
+                os.mkdir(folder / name)
             for name in dict.fromkeys([*plan.files, *writers]):
                 if name in writers:
                     size = sizes[name]
