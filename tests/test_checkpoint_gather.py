@@ -276,8 +276,9 @@ def test_the_plot_names_every_layer_and_its_numbers(virtual: Path, capsys: Any) 
     for label in ("conv1_BN  [5]", "downsample.1  [5]", "head  [4]", "running_mean", "running_var"):
         assert label in text
     assert "virtual.pth: how far 3 virtual ranks disagree in 3 BatchNorm layers" in text
-    worst = max(g.spread.mean_max for g in inspect_checkpoint(virtual).groups if g.spread)
-    assert f"{worst:.2g}" in text
+    spreads = [group.spread for group in inspect_checkpoint(virtual).groups if group.spread]
+    assert f"{max(spread.mean_max for spread in spreads):.2g}" in text
+    assert f"{100 * max(spread.var_max for spread in spreads):.2g} %" in text
 
 
 def test_the_plot_comes_as_a_picture_and_as_a_page(virtual: Path) -> None:
@@ -328,6 +329,18 @@ def test_a_plot_shows_any_name_as_text(tmp_path: Path, name: str) -> None:
     title = "a$x^$<i>.pth: how far 3 virtual ranks disagree in 1 BatchNorm layer"
     assert title in shown
     assert f"<title>{escape(title)}</title>" in (tmp_path / "spread.html").read_text("utf-8")
+
+
+def test_a_plot_shows_the_order_of_the_file_from_top_to_bottom(tmp_path: Path) -> None:
+    layers = [f"{bn}.running_{what}" for bn in ("b", "a") for what in ("mean", "var")]
+    states = {name: {key: torch.rand(3, 2) for key in layers} for name in ("model", "ema")}
+    torch.save(states, tmp_path / "in.pth")
+    plot_spread(inspect_checkpoint(tmp_path / "in.pth"), tmp_path / "spread.svg")
+    drawn = ElementTree.parse(tmp_path / "spread.svg").iter()
+    rows = [(float(e.attrib["y"]), e.text.strip()) for e in drawn if "[2]" in (e.text or "")]
+    assert [name for _, name in sorted(rows)] == [
+        f"{name}  [2]" for name in ("model.b", "model.a", "ema.b", "ema.a")
+    ]
 
 
 def test_a_plot_counts_the_layers_that_it_shows_and_writes_numbers_out(tmp_path: Path) -> None:

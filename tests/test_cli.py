@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 
 from distbn_convert import models
 from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
+from distbn_convert.checkpoint.options import Options
+from distbn_convert.cli import cli
 
 from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli, torchvision_style
 
@@ -309,11 +312,19 @@ def test_every_command_speaks_json(capsys: Any, plain: Path) -> None:
 
 def test_warnings_go_to_stderr_and_quiet_silences_them(capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "in.pth"
-    torch.save({"bn.running_mean": torch.rand(2), "bn.running_var": torch.rand(2)}, path)
-    done = run_cli(capsys, "convert", path, tmp_path / "a", "--vt-world-size", 2)
-    assert done.err.startswith("Warning: 1 of 1 BatchNorms have no num_batches_tracked")
-    done = run_cli(capsys, "convert", path, tmp_path / "b", "--vt-world-size", 2, "--quiet")
-    assert (done.out, done.err) == ("", "")
+    state = {"bn.running_mean": torch.rand(2), "bn.running_var": torch.rand(2)}
+    torch.save({**state, "epoch": 3}, path)
+    save_file(state, tmp_path / "flat")
+    uncounted = "1 of 1 BatchNorms have no num_batches_tracked"
+    for warning, *args in (
+        (uncounted, "convert", path, tmp_path / "out", "--vt-world-size", 2, "--force"),
+        (uncounted, "inspect", path),
+        ("epoch in ", "verify", path, "--against", tmp_path / "flat"),
+    ):
+        done = run_cli(capsys, *args)
+        assert done.err.startswith(f"Warning: {warning}")
+        done = run_cli(capsys, *args, "--quiet")
+        assert (done.out, done.err) == ("", "")
 
 
 def test_quiet_prints_errors_alone(capsys: Any, plain: Path) -> None:
@@ -360,6 +371,19 @@ def test_options_are_the_librarys(capsys: Any, tmp_path: Path) -> None:
     assert content["model"]["head.running_mean"].shape == (2, 4)
     assert content["model"]["conv1_BN.running_mean"].shape == (5,)
     assert content["model_ema"]["module.head.running_mean"].shape == (4,)
+
+
+@pytest.mark.parametrize("command", ["convert", "revert", "gather", "inspect", "verify"])
+def test_defaults_are_the_librarys(command: str) -> None:
+    args = ["a", *(["b"] if command not in ("inspect", "verify") else [])]
+    args += ["--vt-world-size", "2"] if command == "convert" else []
+    context = cli.commands[command].make_context(command, args, obj={})
+    defaults = {field.name: field.default for field in fields(Options)}
+    shared = defaults.keys() & context.params.keys()
+    assert {"include", "state", "opaque", "sha256"} <= shared
+    assert {name: context.params[name] for name in shared} == {
+        name: defaults[name] for name in shared
+    }
 
 
 def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ def test_the_table_of_inspect_tells_all_that_it_knows(capsys: Any, tmp_path: Pat
         "of means in standard deviations of the channel, of variances relative to it",
         "Python objects, not executed: tests.checkpoints.Net",
     ]
+    paths = tmp_path / "in.pth", tmp_path / "out.pth"
+    done = run_cli(capsys, "convert", *paths, "--vt-world-size", 2, "--opaque")
+    assert done.out.splitlines()[1:] == ["carried through, not executed: tests.checkpoints.Net"]
 
 
 def test_a_rank_without_select_is_a_usage_error(capsys: Any, tmp_path: Path) -> None:
