@@ -26,7 +26,7 @@ from distbn_convert.checkpoint import (
 )
 from distbn_convert.errors import OutputExistsError, ReadError
 
-from .checkpoints import Net, contents, load, run_cli
+from .checkpoints import Net, contents, load, run_cli, write_index
 from .places import access_list, restrict, set_access_list
 
 
@@ -289,6 +289,31 @@ def test_a_log_may_grow_beside_what_another_format_is_made_of(
                 convert_checkpoint(source, tmp_path / "out", 2, **options)
             os.truncate(file, file.stat().st_size - len(b"epoch 3"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_shards_below_a_link_to_a_folder_are_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "in" / "weights").symlink_to(tmp_path / "blobs")
+    state, shard = Net().state_dict(), tmp_path / "blobs" / "1.safetensors"
+    save_file(state, shard)
+    write_index(tmp_path / "in", dict.fromkeys(state, "weights/1.safetensors"))
+    replicate_groups = edit.replicate_groups
+
+    def meanwhile(*args: Any) -> Any:
+        os.utime(shard, (1e9, 1e9))
+        return replicate_groups(*args)
+
+    if changed:
+        monkeypatch.setattr(edit, "replicate_groups", meanwhile)
+        with pytest.raises(ReadError, match="in changed while it was being read"):
+            convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, format="torch")
+    else:
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, format="torch")
+        assert load(tmp_path / "out").keys() == state.keys()
 
 
 @pytest.mark.parametrize("read", [False, True])

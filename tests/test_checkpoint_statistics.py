@@ -194,6 +194,7 @@ COUNTERS = [
     *((torch.tensor(7).to(dtype), 7) for dtype in (torch.int8, torch.uint16, torch.uint32)),
     (torch.tensor(2**63, dtype=torch.uint64), 2**63),
     (torch.tensor(True), 1),
+    (torch.tensor([7]), 7),  # of some exporters
     (torch.tensor(4.0).to(torch.float8_e4m3fn), 4),
 ]
 
