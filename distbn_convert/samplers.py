@@ -32,7 +32,8 @@ class VirtualDistributedSampler(Sampler[list[int]]):
         num_replicas: **int**, number of real processes R. Default: None, ``torch.distributed``'s
             world size, 1 if there is none; a sampler that is made before the processes are
             joined, as in a script for Lightning's Trainer, finds them when it is used
-        rank: **int**, this process, 0 to R - 1. Default: None, ``torch.distributed``'s
+        rank: **int**, this process, 0 to R - 1. Default: None, ``torch.distributed``'s; needed
+            beside ``num_replicas`` where there is none yet
         shuffle: **bool**, permute anew in each epoch. Default: True
         seed: **int**, of the permutation, the same in all processes. Default: 0
         drop_last: **bool**, ``DistributedSampler``'s: drop the tail of a dataset that does not
@@ -182,9 +183,15 @@ def _replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     running = _is_running()
     if num_replicas is None:
         num_replicas = dist.get_world_size() if running else 1
+    check_count(num_replicas, "num_replicas")
+    if rank is None and not running and num_replicas > 1:
+        raise ConfigurationError(
+            f"expected a rank beside num_replicas={num_replicas}, as torch.distributed is not "
+            "initialised to tell it, but got None; pass both, or leave both out to take "
+            "torch.distributed's when the sampler is used."
+        )
     if rank is None:
         rank = dist.get_rank() if running else 0
-    check_count(num_replicas, "num_replicas")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < num_replicas:
         raise ConfigurationError(
             f"rank must be an int from 0 to {num_replicas - 1} (there are {num_replicas} "

@@ -179,6 +179,7 @@ def test_a_last_batch_too_small_for_batch_norm_is_refused_by_the_layer_as_ddp_re
         ({"num_replicas": 0}, "num_replicas must be a .* got 0; give the number of processes"),
         ({"partition": "chunk"}, "partition must be one of 'contiguous', 'interleaved', but got"),
         ({"rank": 1}, r"rank must be an int from 0 to 0 \(there are 1 processes\), but got 1"),
+        ({"num_replicas": 2}, "expected a rank beside num_replicas=2, .* got None; pass both, or"),
         ({"num_replicas": 2, "rank": -1}, "rank must be an int from 0 to 1"),
         ({"num_replicas": 2, "rank": True}, "but got True"),
     ],
