@@ -137,6 +137,12 @@ def _build(dtype: torch.dtype) -> Path:
     library = _cache() / f"batch_norm-{_key(command)}.so"
     if not _is_whole(library):
         library.parent.mkdir(parents=True, exist_ok=True)
+        logger.info(
+            "compiling the CPU kernel for %s, or waiting for a process that does, which takes some "
+            "ten seconds, once: %s",
+            _name(dtype),
+            library,
+        )
         with _one_at_a_time(library.with_suffix(".lock")):
             if not _is_whole(library):
                 _compile(command, library)
