@@ -162,8 +162,8 @@ def revert_model(
         statistic bit for bit. ``num_batches_tracked`` is the selected rank's, else the largest.
 
     Raises:
-        ConfigurationError: unknown reduction, a rank out of range, a process outside the group, or
-            a filter_fn that is no function.
+        ConfigurationError: unknown reduction, a rank out of range, a process outside the group,
+            layers that differ between its processes, or a filter_fn that is no function.
         UnsupportedModuleError: a DDP-, FSDP- or DataParallel-wrapped model, a layer whose forward
             was replaced or that is parametrized.
         NothingToConvertError: no layer has virtual ranks, or the filter takes none.

@@ -61,7 +61,8 @@ def recalibrate(
             or this process alone if there is none
 
     Raises:
-        ConfigurationError: ``max_batches`` is no positive int, or a process outside the group.
+        ConfigurationError: ``max_batches`` is no positive int, a process outside the group, or
+            layers that differ between the processes.
         InputError: the loader gave no samples or no such batches, or one that a layer cannot
             normalise.
         NothingToConvertError: no layer keeps running statistics that are not frozen.

@@ -43,11 +43,12 @@ def sync_running_stats(
             Default: None, the default group, or this process alone if there is none
 
     Raises:
-        ConfigurationError: unknown reduction, rank out of range, or a process not in the group.
+        ConfigurationError: unknown reduction, rank out of range, a process not in the group, or
+            layers that differ between the processes, an error in all of them.
         ConversionError: a reduced statistic is too large for its dtype.
 
     Note:
-        Sums are in float64 and there is one collective for the whole model. Training may go on:
+        Sums are in float64 and one collective takes the whole model. Training may go on:
         it never reads the statistics, and they go on moving from the common value. Each row's
         counter becomes the largest that a process has for that row, so ``accumulation_steps``
         goes on where it was.

@@ -35,17 +35,20 @@ def statistics(model: nn.Module) -> ddp.State:
 
 
 def reduce_in_every_way(ranks: int) -> dict[str, Any]:
-    """Synchronise and revert copies of one model by each word; count the collectives."""
+    """Synchronise and revert copies of one model by each word; count the collectives.
+
+    One takes the rows, and two what they are: torch gathers an object's size first.
+    """
     model = trained(ranks)
     result: dict[str, Any] = {"before": statistics(model)}
     for reduction, rank in WORDS:
         synced, reverted = copy.deepcopy(model), copy.deepcopy(model)
         with CommDebugMode() as counter:
             sync_running_stats(synced, reduction=reduction, rank=rank)
-        assert counter.get_total_counts() == 1, counter.get_comm_counts()
+        assert counter.get_total_counts() == 3, counter.get_comm_counts()
         with CommDebugMode() as counter:
             revert_model(reverted, reduction, rank, process_group=dist.group.WORLD)
-        assert counter.get_total_counts() == 1, counter.get_comm_counts()
+        assert counter.get_total_counts() == 3, counter.get_comm_counts()
         result[f"{reduction} {rank}"] = statistics(synced), statistics(reverted)
     last = revert_model(
         copy.deepcopy(model), "select", 2 * ranks - 1, process_group=dist.group.WORLD
@@ -55,6 +58,7 @@ def reduce_in_every_way(ranks: int) -> dict[str, Any]:
         revert_model(copy.deepcopy(model))
     assert counter.get_total_counts() == 0
     result["groups"] = groups(model)
+    result["differing"] = differing()
     return result
 
 
@@ -68,6 +72,24 @@ def groups(model: nn.Module) -> list[str]:
             function(mine, process_group=alone)
         except ConfigurationError as error:
             messages.append(str(error))
+    return messages
+
+
+def differing() -> list[str]:
+    """What is said of models that are others in the second process."""
+    here = dist.get_rank()
+    messages = []
+    for model in (
+        convert_model(nn.BatchNorm1d(3), 2 + here),
+        nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5) if here else nn.Identity()),
+        nn.BatchNorm1d(3, track_running_stats=not here),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        try:
+            sync_running_stats(model)
+        except ConfigurationError as error:
+            messages.append(str(error))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return messages
 
 

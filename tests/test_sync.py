@@ -151,6 +151,21 @@ def test_a_process_outside_the_group_is_told_so(processes: list[dict[str, Any]])
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ddp")
+def test_models_that_differ_are_refused_in_every_process(processes: list[dict[str, Any]]) -> None:
+    """Their numbers were mixed, or the processes waited for each other without end."""
+    assert processes[0]["differing"] == processes[1]["differing"]
+    where = "tensor {} is {} in process 0 and {} in process 1; make the same model"
+    expected = [
+        where.format(0, "(2, 3) of torch.float32", "(3, 3) of torch.float32"),
+        where.format(3, "missing", "(1, 5) of torch.float32"),
+        where.format(0, "(1, 3) of torch.float32", "missing"),
+    ]
+    for message, text in zip(processes[0]["differing"], expected, strict=True):
+        assert text in message
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize("sync", [False, True], ids=["alone", "synchronised"])
 def test_sharded_checkpoints_mix_the_statistics_of_processes_unless_synchronised(
     tmp_path: Path, sync: bool
