@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..convert import convert_model, revert_model
 from ..errors import ConfigurationError
 from ..layers import DistBatchNormMixin, RankSettings
+from ..plan import plan_conversion
 from ..samplers import VirtualDistributedSampler
 from ..sync import running_statistics
 
@@ -39,16 +41,19 @@ class VirtualRanks(Callback):
 
     Raises:
         ConfigurationError: a training loader has a sampler whose order cannot be dealt, or a
-            ``VirtualDistributedSampler`` for other ranks; or the Trainer steps before all
-            ``accumulation_steps`` are done.
+            ``VirtualDistributedSampler`` for other ranks; the Trainer steps before all
+            ``accumulation_steps`` are done; or it forks or spawns processes to fit a module that is
+            not converted.
         ConversionError: as :func:`~distbn_convert.convert_model`, when the Trainer starts.
 
     Note:
         Build the layers in the module's ``__init__``: ``configure_model`` runs after the
         conversion. The seed is Lightning's (``seed_everything``), else 0, as under its DDP.
-        With several processes pass ``use_distributed_sampler=False`` to the Trainer. Lightning's
-        ``WeightAveraging`` may come before or after; put this callback before one of yours that
-        copies the module in its ``setup``.
+        With several processes pass ``use_distributed_sampler=False`` to the Trainer; where it forks
+        or spawns them, as in a notebook, call :func:`~distbn_convert.convert_model` yourself before
+        ``fit``. ``load_from_checkpoint`` makes a plain module: give it what ``distbn-convert
+        revert`` makes of the checkpoint. Lightning's ``WeightAveraging`` may come before or after;
+        put this callback before one of yours that copies the module in its ``setup``.
 
     Example::
 
@@ -63,6 +68,8 @@ class VirtualRanks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module before checkpoints are loaded and before it is wrapped."""
+        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            self._raise_unless_converted(pl_module)
         convert_model(pl_module, self.vt_world_size, **self.options)
         averaging = getattr(callbacks, "WeightAveraging", ())  # older Lightnings have none
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -71,6 +78,19 @@ class VirtualRanks(Callback):
                 callback.setup(trainer, pl_module, stage)
         if self.sampler:
             self._deal_for(trainer)
+
+    def _raise_unless_converted(self, pl_module: LightningModule) -> None:
+        """Refuse to convert a copy of the module, which the first process is to have the state of.
+
+        Lightning loads it there after training, into what is still plain.
+        """
+        if plan_conversion(pl_module, self.vt_world_size, **self.options).of("convert"):
+            raise ConfigurationError(
+                "expected a module with virtual ranks, as this Trainer forks or spawns processes "
+                "and loads what they trained into the module that it was given, but got one with "
+                f"plain BatchNorm; call convert_model(module, {self.vt_world_size}), with the "
+                "options of VirtualRanks, before you call fit."
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -260,6 +260,18 @@ def test_a_trainer_alone_deals_to_itself_whatever_the_environment_tells(
     assert (batches.num_replicas, batches.rank) == (1, 0)
 
 
+def test_a_trainer_that_forks_or_spawns_takes_a_converted_module() -> None:
+    """Else it failed after training: its first process has the module as it was given."""
+    ranks, module = VirtualRanks(4, partition="interleaved"), make_module()
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
+    with pytest.raises(ConfigurationError, match=r"call convert_model\(module, 4\), with"):
+        ranks.setup(trainer, module, "fit")
+    assert type(module.net[1]) is nn.BatchNorm2d
+    convert_model(module, 4, partition="interleaved")
+    ranks.setup(trainer, module, "fit")
+    ranks.setup(trainer, make_module(), "test")
+
+
 def test_a_loader_that_has_begun_with_its_own_batches_is_refused() -> None:
     loader = count()
     loader.ahead = iter(loader)
