@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies import launchers
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from ..convert import convert_model, revert_model
@@ -68,7 +68,8 @@ class VirtualRanks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module before checkpoints are loaded and before it is wrapped."""
-        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        forking = getattr(launchers, "_MultiProcessingLauncher", ())  # a private name
+        if stage == "fit" and isinstance(trainer.strategy.launcher, forking):
             self._raise_unless_converted(pl_module)
         convert_model(pl_module, self.vt_world_size, **self.options)
         averaging = getattr(callbacks, "WeightAveraging", ())  # older Lightnings have none
