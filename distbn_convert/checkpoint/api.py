@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from .intact import check_checksums
 from .job import Job, file_info
+from .keywords import Keywords, ReadingKeywords, Unpack, shows_options
 from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport
@@ -23,8 +24,9 @@ __all__ = ["convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 MAX_RANKS = 65536
 
 
+@shows_options(Keywords)
 def convert_checkpoint(
-    src: StrPath, dst: StrPath | None, vt_world_size: int, **options: Any
+    src: StrPath, dst: StrPath | None, vt_world_size: int, **options: Unpack[Keywords]
 ) -> CheckpointReport:
     """Give every BatchNorm in a checkpoint virtual ranks, without the model's code.
 
@@ -66,12 +68,13 @@ def convert_checkpoint(
     return job.run("plain", "converted", compute, virtual_ranks=vt_world_size)
 
 
+@shows_options(Keywords)
 def revert_checkpoint(
     src: StrPath,
     dst: StrPath | None,
     reduction: str = "mean",
     rank: int = 0,
-    **options: Any,
+    **options: Unpack[Keywords],
 ) -> CheckpointReport:
     """Turn the virtual ranks in a checkpoint back into plain BatchNorm statistics.
 
@@ -121,7 +124,8 @@ def revert_checkpoint(
     return job.run("virtual", "reverted", compute, reduction=reduction)
 
 
-def inspect_checkpoint(src: StrPath, **options: Any) -> CheckpointReport:
+@shows_options(ReadingKeywords)
+def inspect_checkpoint(src: StrPath, **options: Unpack[ReadingKeywords]) -> CheckpointReport:
     """List the BatchNorms in a checkpoint and how far their virtual ranks disagree.
 
     No torch is imported for safetensors.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ..errors import ConfigurationError, ReadError
 from .compare import differences, same_bits
@@ -12,6 +11,7 @@ from .edit import Replacements, gather_groups
 from .groups import Group, KeyPath, Specs, dotted
 from .intact import check_checksums
 from .job import Job
+from .keywords import Keywords, Unpack, shows_options
 from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport
@@ -24,8 +24,12 @@ __all__ = ["gather_checkpoints"]
 _REDUCTIONS = ("stack", "mean", "pooled")
 
 
+@shows_options(Keywords)
 def gather_checkpoints(
-    srcs: Sequence[StrPath], dst: StrPath | None, reduction: str = "stack", **options: Any
+    srcs: Sequence[StrPath],
+    dst: StrPath | None,
+    reduction: str = "stack",
+    **options: Unpack[Keywords],
 ) -> CheckpointReport:
     """Unite checkpoints that real ranks saved one by one.
 

@@ -124,8 +124,8 @@ class Selection:
         ema_underscore: whether MMCV's underscore copies are wanted.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     state: str | None = None
     ema_underscore: bool = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigurationError
@@ -70,8 +70,8 @@ class Options:
         progress: called with (bytes written, bytes expected) now and then. Default: None
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     state: str | None = None
     ema_underscore: bool = False
     format: str = "auto"
@@ -82,7 +82,7 @@ class Options:
     dry_run: bool = False
     strict: bool = False
     opaque: bool = False
-    allow_globals: tuple[str, ...] = ()
+    allow_globals: Sequence[str] = ()
     allow_compressed: bool = False
     check_input: bool = False
     sha256: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -39,7 +39,7 @@ class ReadOptions:
 
     state: str | None = None
     opaque: bool = False
-    allow_globals: tuple[str, ...] = ()
+    allow_globals: Sequence[str] = ()
     allow_compressed: bool = False
 
 

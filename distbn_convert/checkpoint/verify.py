@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import ConfigurationError
 from .comparison import Comparison
 from .intact import check_checksums
 from .job import file_info
+from .keywords import ReadingKeywords, Unpack, shows_options
 from .options import Options
 from .places import StrPath, as_path
 from .report import VerifyReport
@@ -18,8 +17,12 @@ from .torchstore import TreeStore
 __all__ = ["verify_checkpoint"]
 
 
+@shows_options(ReadingKeywords)
 def verify_checkpoint(
-    src: StrPath, against: StrPath | None = None, tolerance: float = 0.0, **options: Any
+    src: StrPath,
+    against: StrPath | None = None,
+    tolerance: float = 0.0,
+    **options: Unpack[ReadingKeywords],
 ) -> VerifyReport:
     """Check that a checkpoint is sound, or that two hold the same.
 
