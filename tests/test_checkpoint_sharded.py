@@ -389,6 +389,19 @@ def test_files_that_may_hold_other_weights_are_listed(tmp_path: Path) -> None:
     assert other_weights(tmp_path, ["own.bin"]) == weights
 
 
+def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(bn_state(), tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "optimizer.bin").touch()
+    convert_checkpoint(tmp_path / "in", tmp_path / "sound", 2, strict=True)
+    (tmp_path / "in" / "ema.pt").touch()
+    (warning,) = convert_checkpoint(tmp_path / "in", tmp_path / "told", 2).warnings
+    assert warning == f"ema.pt in {tmp_path / 'in'} was not looked into."
+    with pytest.raises(RefusedError, match="ema.pt in .* Refused because of --strict"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, strict=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny(tmp_path / "in", config="{}")
     index = read_index(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn
 from distbn_convert import convert_model
 from distbn_convert.checkpoint import (
     convert_checkpoint,
+    gather_checkpoints,
     inspect_checkpoint,
     revert_checkpoint,
     verify_checkpoint,
@@ -96,6 +99,30 @@ def test_case_03_nan_and_inf_are_carried_through_counted_and_strict_refuses(tmp_
     assert torch.equal(load(back)["bn.running_mean"].view(torch.int32), odd.view(torch.int32))
     with pytest.raises(RefusedError, match="NaN or infinite"):
         inspect_checkpoint(path, strict=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_case_03_what_is_not_finite_in_any_input_is_told_and_strict_refuses(
+    tmp_path: Path, strict: bool
+) -> None:
+    sound = save(tmp_path, nn.BatchNorm1d(3).state_dict())
+    odd = save(
+        tmp_path,
+        nn.BatchNorm1d(3).state_dict() | {"running_var": torch.full((3,), math.nan)},
+        "odd.pth",
+    )
+    told = "3 statistics are NaN or infinite, first in (top level)."
+    runs = [
+        (told, partial(verify_checkpoint, odd)),
+        (told, partial(verify_checkpoint, odd, odd)),
+        (f"{odd}: {told}", partial(gather_checkpoints, [sound, odd, sound], tmp_path / "all")),
+    ]
+    for warning, run in runs:
+        if strict:
+            with pytest.raises(RefusedError, match=re.escape(told)):
+                run(strict=True)
+        else:
+            assert warning in run().warnings
 
 
 def test_case_04_large_values_do_not_overflow_and_a_float16_overflow_is_an_error(

@@ -13,11 +13,10 @@ from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport
 from .stores import Store, open_store
-from .survey import survey
+from .survey import Survey, survey
 
 if TYPE_CHECKING:
     from .edit import Replacements
-    from .groups import Group
 
 __all__ = ["convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 
@@ -61,8 +60,8 @@ def convert_checkpoint(
             f"vt_world_size must be an int from 1 to {MAX_RANKS}, but got {vt_world_size!r}."
         )
 
-    def compute(store: Store, chosen: list[Group]) -> Replacements:
-        return replicate_groups(chosen, store.tensor, vt_world_size)
+    def compute(store: Store, found: Survey) -> Replacements:
+        return replicate_groups(found.chosen, store.tensor, vt_world_size)
 
     job = Job("convert", src, dst, Options(**options))
     return job.run("plain", "converted", compute, virtual_ranks=vt_world_size)
@@ -106,15 +105,15 @@ def revert_checkpoint(
 
     check_reduction(reduction, 0, 1)
 
-    def compute(store: Store, chosen: list[Group]) -> Replacements:
-        new = reduce_groups(chosen, store.tensor, reduction, rank)
+    def compute(store: Store, found: Survey) -> Replacements:
+        new = reduce_groups(found.chosen, store.tensor, reduction, rank)
         if reduction == "mean":
             excess = max(
                 pooled_excess(*(store.tensor(group.path, key) for key in group.keys[:2]))
-                for group in chosen
+                for group in found.chosen
             )
             if excess > 0.05:
-                job.notes.append(
+                found.notes.append(
                     "the running means differ between ranks, which 'mean' ignores; 'pooled' would "
                     f"give up to {excess:.0%} larger variances."
                 )

@@ -30,6 +30,7 @@ class DcpStore:
         self.path, self.folder = path, read_dcp(path)
         self.metadata = None
         self.opaque_globals: list[str] = []
+        self.concerns: list[str] = []
         self.warnings: list[str] = []
         specs = specs_of_header(self.folder.header)
         self.tensors = len(specs)

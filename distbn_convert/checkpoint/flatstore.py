@@ -36,6 +36,7 @@ class FlatStore:
         self.header = read_header(path)
         self.tensors = len(self.header.tensors)
         self.metadata = self.header.metadata or {}
+        self.concerns: list[str] = []
         self.warnings: list[str] = []
         self.opaque_globals: list[str] = []
 

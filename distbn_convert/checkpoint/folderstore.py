@@ -36,11 +36,13 @@ class _FolderStore:
         # None where all shards are torch's, which have no place for any.
         self.metadata = merged_metadata(flat) or {} if flat else None
         self.opaque_globals: list[str] = []
+        self.concerns: list[str] = []
         self.warnings: list[str] = []
         others = other_weights(folder, headers)
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            self.warnings.append(f"{others[0]}{more} in {folder} were not looked into.")
+            verb = "were" if more else "was"
+            self.concerns.append(f"{others[0]}{more} in {folder} {verb} not looked into.")
 
     def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the file that has a tensor, and its header."""

@@ -16,7 +16,7 @@ from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport
 from .stores import Store, open_store
-from .survey import survey
+from .survey import Survey, survey
 from .torchstore import TreeStore
 
 __all__ = ["gather_checkpoints"]
@@ -74,8 +74,8 @@ def gather_checkpoints(
             f"{' and in_place' if chosen_options.in_place else ''}."
         )
 
-    def compute(first: Store, chosen: list[Group]) -> Replacements:
-        stores = [first]
+    def compute(first: Store, found: Survey) -> Replacements:
+        stores, chosen = [first], found.chosen
         for src in srcs[1:]:
             path = as_path(src)
             job.watch(path)
@@ -84,9 +84,13 @@ def gather_checkpoints(
             stores.append(open_store(path, chosen_options.reading))
             job.keep(stores[-1])
             job.watch_read(path, stores[-1])
-            found = survey(stores[-1], path, chosen_options.selection, "any")
-            _check_same(srcs[0], src, stores, (chosen, found.chosen))
-            job.notes.extend(_other_differences(src, stores, chosen))
+            other = survey(stores[-1], path, chosen_options.selection, "any")
+            _check_same(srcs[0], src, stores, (chosen, other.chosen))
+            other.reports(stores[-1], "gathered")
+            if chosen_options.strict:
+                other.raise_concerns(path)
+            found.concerns += [f"{src}: {it}" for it in other.concerns if it not in found.concerns]
+            found.notes.extend(_other_differences(src, stores, chosen))
             if chosen_options.verify:
                 stores[-1].check([(group.path, key) for group in chosen for key in group.keys])
         return gather_groups(chosen, [store.tensor for store in stores], reduction)

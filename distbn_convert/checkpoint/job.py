@@ -16,16 +16,15 @@ from .places import StrPath, access_error, as_path, output_place, same_file
 from .report import CheckpointReport, FileInfo
 from .sniff import Kind, sniff
 from .stores import Store, WriteOptions, open_store
-from .survey import survey
+from .survey import Survey, survey
 from .temporaries import is_temporary
 
 if TYPE_CHECKING:
     from .edit import Replacements
-    from .groups import Group
 
 __all__ = ["Job", "file_info"]
 
-Compute = Callable[[Store, "list[Group]"], "Replacements"]
+Compute = Callable[[Store, Survey], "Replacements"]
 _Identity = tuple[int, ...]  # what shows that a file was written to or replaced
 
 
@@ -43,7 +42,7 @@ class Job:
         options: what the caller wants.
 
     Attributes:
-        notes: what the user should know; ``compute`` may add to them.
+        notes: what the user should know of the writing.
 
     Raises:
         ConfigurationError: no output, or one that contradicts the format.
@@ -79,7 +78,7 @@ class Job:
         Args:
             state: what the command works on, ``"plain"``, ``"virtual"`` or ``"any"``.
             action: what it calls what it did, ``"converted"``.
-            compute: makes the new statistics of the chosen groups.
+            compute: makes the new statistics of the chosen groups; may add to what to tell.
             virtual_ranks: for the report.
             reduction: for the report.
         """
@@ -95,7 +94,7 @@ class Job:
         if options.strict:
             found.raise_concerns(self.src)
         source = file_info(self.root, store.format, options.sha256)
-        replacements = compute(store, found.chosen)
+        replacements = compute(store, found)
         if self.kind is Kind.TORCH_LEGACY and self.format != "safetensors":
             self.notes.append("a file in torch's format before 1.6 becomes one in today's, a zip.")
         output = self._write(store, replacements)

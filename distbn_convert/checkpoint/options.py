@@ -58,7 +58,8 @@ class Options:
         backup: with ``in_place``, keep the input as ``SRC.bak``, which shares no file with the
             output. Default: True
         dry_run: do everything but write. Default: False
-        strict: what would be a warning is an error. Default: False
+        strict: refuse an input in which something was left alone or not looked into, or is not
+            finite, and a pattern that matches nothing; else warnings tell. Default: False
         opaque: carry unknown Python objects through, unexecuted. Default: False
         allow_globals: full names of classes that the file may make. Default: none
         allow_compressed: accept any compression ratio. Default: False

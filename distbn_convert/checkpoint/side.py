@@ -27,6 +27,7 @@ class Side:
         path: where it is.
         store: the open file.
         selection: which groups the caller wants, and the sub-tree.
+        strict: whether what may be wrong in it is an error.
 
     Attributes:
         state: the sub-tree; None for all, also of a flat file, which is a sub-tree as a whole.
@@ -36,9 +37,10 @@ class Side:
 
     Raises:
         NothingToDoError: the file has sub-trees, but not this one.
+        RefusedError: there may be something wrong in it, and ``strict``.
     """
 
-    def __init__(self, path: Path, store: Store, selection: Selection) -> None:
+    def __init__(self, path: Path, store: Store, selection: Selection, strict: bool) -> None:
         self.path, self.store = path, store
         self.objects: dict[Place, Callable[[], bytearray]] = {}
         if store.format == "dcp":
@@ -62,6 +64,9 @@ class Side:
             if not self._roots:
                 raise self.lacks(self.state)
         surveyed = survey(store, path, selection, None)
+        surveyed.reports(store, "compared")
+        if strict:
+            surveyed.raise_concerns(path)
         self.groups = surveyed.chosen
         self.warnings = [*store.warnings, *surveyed.concerns]
         self._numbers: dict[KeyPath, dict[Any, int]] = {}

@@ -74,13 +74,15 @@ class Store(Protocol):
         path: where it is.
         format: its name in reports.
         tensors: how many it holds.
-        warnings: what the user should know.
+        concerns: what may be wrong in it; an error under ``strict``.
+        warnings: what else the user should know.
         opaque_globals: names of Python objects carried through unexecuted.
     """
 
     path: Path
     format: str
     tensors: int
+    concerns: list[str]
     warnings: list[str]
     opaque_globals: list[str]
 

@@ -38,7 +38,7 @@ class Survey:
         if bad:
             self.concerns.append(
                 f"{sum(report.nonfinite for report in bad)} statistics are NaN or infinite, "
-                f"first in {bad[0].name}; they were carried through."
+                f"first in {bad[0].name or '(top level)'}."
             )
         return (
             *reports,
@@ -86,6 +86,7 @@ def survey(store: Store, path: Path, selection: Selection, state: str | None) ->
     if not result.chosen and state is not None:
         raise _nothing(store, path, result.skipped, result.concerns)
     result.concerns += selection.unmatched(groups) if groups else []
+    result.concerns += store.concerns
     _tell_skipped(result)
     return result
 

@@ -38,6 +38,7 @@ class TreeStore:
         self.path, self.format, self.options = path, format, options
         self.file = file = load_torch(path, options)
         self.metadata = None
+        self.concerns: list[str] = []
         self.warnings = file.warnings
         self.opaque_globals = file.opaque_globals
         self.tensors = sum(isinstance(leaf, Tensor) for leaf in walk_leaves(file.tree))

@@ -47,6 +47,7 @@ def verify_checkpoint(
         ConfigurationError: an argument is outside its allowed values.
         VerificationError: the files differ; the message names the first places.
         NothingToDoError: there is nothing at ``state``.
+        RefusedError: a file has what ``strict`` refuses.
         ReadError: the file is damaged.
         CheckpointError: it cannot be read.
 
@@ -66,7 +67,7 @@ def verify_checkpoint(
         check_checksums(second)
         stores.append(open_store(second, chosen.reading))
         _spell_out(*stores)
-    side = Side(path, stores[0], chosen.selection)
+    side = Side(path, stores[0], chosen.selection, chosen.strict)
     report = VerifyReport(file_info(path, side.store.format, chosen.sha256), checksums=checksums)
     report.groups = len(side.groups)
     warnings = side.warnings
@@ -78,7 +79,7 @@ def verify_checkpoint(
                 f"{src} has no checksums ({side.store.format}); its structure was checked."
             )
     else:
-        other = Side(second, stores[1], chosen.selection)
+        other = Side(second, stores[1], chosen.selection, chosen.strict)
         if chosen.state is not None and side.state is other.state is None:
             raise side.lacks(chosen.state)
         report.against = file_info(second, other.store.format, chosen.sha256)
