@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from distbn_convert.checkpoint import gather_checkpoints, verify_checkpoint
 from distbn_convert.checkpoint.atomic import atomic_output
 from distbn_convert.checkpoint.header import DTYPE_BITS, encode_header
 from distbn_convert.checkpoint.safetensors import (
@@ -33,7 +35,7 @@ from distbn_convert.checkpoint.safetensors import (
 from distbn_convert.checkpoint.stream import Sink, Source
 from distbn_convert.errors import FileAccessError, ReadError, RefusedError
 
-from .checkpoints import run_cli
+from .checkpoints import bn_state, run_cli
 from .versions import since_torch
 
 DTYPES = [
@@ -393,12 +395,32 @@ def test_the_scales_of_mx_formats_are_read_and_written(path: Path) -> None:
     assert bits({"a": read_tensor(path, read_header(path), "a")}) == bits(state)
 
 
-def test_a_dtype_that_torch_lacks_is_copied_but_not_read(path: Path) -> None:
-    path.write_bytes(header_bytes({"a": entry("F4", [4]), "b": entry("U8", [1], [2, 3])}, b"abc"))
+@since_torch(2, 8, reason="there is no float4_e2m1fn_x2")
+@pytest.mark.parametrize("shape", [(3, 2), (1,), (2, 0)])
+def test_numbers_of_four_bits_are_read_and_written(path: Path, shape: tuple[int, ...]) -> None:
+    """Torch has two of them in an element, the format counts each."""
+    packed = torch.arange(math.prod(shape), dtype=torch.uint8).view(shape)
+    state = {**bn_state(), "a": packed.view(torch.float4_e2m1fn_x2)}
+    save_file(state, path)
+    assert written(state) == path.read_bytes()
+    assert bits({"a": read_tensor(path, read_header(path), "a")}) == bits({"a": state["a"]})
+    other = path.with_suffix(".pth")
+    torch.save(state, other)
+    verify_checkpoint(path, other)
+    gather_checkpoints([path, other], path.with_name("both"), format="torch", overwrite=True)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F6_E2M3", [4]), ("F4", [2, 3])])
+def test_a_dtype_that_torch_lacks_is_copied_but_not_read(
+    path: Path, dtype: str, shape: list[int]
+) -> None:
+    """Or has for an even number alone."""
+    tensors = {"a": entry(dtype, shape, [0, 3]), "b": entry("U8", [1], [3, 4])}
+    path.write_bytes(header_bytes(tensors, b"abcd"))
     header = read_header(path)
-    with pytest.raises(RefusedError, match="holds 'a' as F4, for which torch .* has no dtype"):
+    with pytest.raises(RefusedError, match=f"'a' as {dtype}, for which torch .* has no dtype"):
         read_tensor(path, header, "a")
-    assert rewritten(path, {"b": torch.zeros(1, dtype=torch.uint8)}).endswith(b"ab\x00")
+    assert rewritten(path, {"b": torch.zeros(1, dtype=torch.uint8)}).endswith(b"abc\x00")
 
 
 def test_views_of_any_kind_are_written_as_their_values() -> None:

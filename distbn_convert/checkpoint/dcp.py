@@ -30,9 +30,9 @@ from ..errors import CheckpointError, ReadError, RefusedError
 from .carry import Writer, write_folder
 from .checksums import check_piece
 from .dcp_metadata import METADATA, pickled, read_metadata
-from .header import Header, TensorInfo
+from .header import Header
 from .places import StrPath
-from .safetensors import format_name
+from .safetensors import tensor_info
 from .stores import WriteOptions
 from .stream import Progress, Sink, Source
 
@@ -61,9 +61,7 @@ class DcpFolder:
         infos = {}
         for name, entry in self.metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                dtype = entry.properties.dtype
-                nbytes = entry.size.numel() * dtype.itemsize
-                infos[name] = TensorInfo(name, format_name(dtype), tuple(entry.size), 0, nbytes)
+                infos[name] = tensor_info(name, entry.properties.dtype, entry.size)
         return Header(infos, None, 0)
 
     def read_tensor(self, name: str) -> Tensor:

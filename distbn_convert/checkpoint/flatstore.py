@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .groups import KeyPath, TensorSpec
 from .header import Header, TensorInfo, located, read_header
 from .readback import ReadBack, reading_back, same_bytes_of
-from .safetensors import read_bytes, read_tensor, rewrite, torch_name
+from .safetensors import read_bytes, read_tensor, rewrite, torch_name, torch_shape
 from .stores import Mappings, Place, WriteOptions, read_back_error
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def specs_of_header(header: Header) -> dict[str, TensorSpec]:
 def _spec(info: TensorInfo) -> TensorSpec:
     return TensorSpec(
         dtype=torch_name(info.dtype),
-        shape=info.shape,
+        shape=torch_shape(info),
         floating=info.dtype.startswith(("F", "BF")),
     )
 

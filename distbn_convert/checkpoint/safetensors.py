@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING
 
 from ..errors import RefusedError
@@ -20,14 +21,15 @@ __all__ = [
     "Header",
     "TensorInfo",
     "describe",
-    "format_name",
     "header_of",
     "package_order",
     "read_bytes",
     "read_header",
     "read_tensor",
     "rewrite",
+    "tensor_info",
     "torch_name",
+    "torch_shape",
     "write",
     "write_tensor",
 ]
@@ -39,9 +41,10 @@ _TORCH_NAMES = {
     **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
     **{"C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn"},
     **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
-    "F8_E8M0": "float8_e8m0fnu",
+    **{"F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2"},
 }
 _FORMAT_NAMES = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
+_PACKED = "F4"  # torch has two numbers in each element, which the format counts one by one
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
 
 
@@ -69,15 +72,16 @@ def read_tensor(path: StrPath, header: Header, name: str) -> Tensor:
 
     info = header.tensors[name]
     dtype: torch.dtype | None = getattr(torch, torch_name(info.dtype), None)
-    if dtype is None:  # torch 2.6 lacks float8_e8m0fnu
+    shape = torch_shape(info)
+    if dtype is None or math.prod(shape) * dtype.itemsize != info.nbytes:  # an odd number, packed
         raise RefusedError(
             f"{path} holds {name!r} as {info.dtype}, for which torch {torch.__version__} has no "
             "dtype of that shape; leave it out."
         )
     data = read_bytes(path, header, name)
     if not data:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(info.shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def rewrite(
@@ -172,9 +176,15 @@ def write(
     return new
 
 
-def format_name(dtype: torch.dtype) -> str:
-    """Return the format's name of a dtype, torch's own if the format lacks it."""
-    return _FORMAT_NAMES.get(str(dtype), str(dtype))
+def tensor_info(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorInfo:
+    """Describe a tensor as a header does, but without offsets.
+
+    A dtype that the format lacks keeps torch's name.
+    """
+    known, size = _FORMAT_NAMES.get(str(dtype), str(dtype)), math.prod(shape) * dtype.itemsize
+    if known == _PACKED and shape:
+        shape = (*shape[:-1], 2 * shape[-1])
+    return TensorInfo(name, known, tuple(shape), 0, size)
 
 
 def torch_name(dtype: str) -> str:
@@ -182,19 +192,21 @@ def torch_name(dtype: str) -> str:
     return _TORCH_NAMES.get(dtype, dtype)
 
 
-def header_of(state: Mapping[str, object]) -> Header:
-    """Describe the tensors of a state dict as a file's header does, but without offsets.
+def torch_shape(info: TensorInfo) -> tuple[int, ...]:
+    """Return the sizes that torch gives to a tensor."""
+    if info.dtype == _PACKED and info.shape:
+        return (*info.shape[:-1], info.shape[-1] // 2)
+    return info.shape
 
-    Dtypes that the format lacks keep torch's name; values that are no tensors are left out.
-    """
+
+def header_of(state: Mapping[str, object]) -> Header:
+    """Describe the tensors of a state dict, see :func:`tensor_info`; leave out what is none."""
     import torch
 
     infos = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and isinstance(name, str):
-            dtype, shape = format_name(value.dtype), tuple(value.shape)
-            size = value.numel() * value.element_size()  # a sparse one has no nbytes
-            infos[name] = TensorInfo(name, dtype, shape, 0, size)
+            infos[name] = tensor_info(name, value.dtype, value.shape)
     return Header(infos, None, 0)
 
 
@@ -218,13 +230,12 @@ def describe(name: str, tensor: Tensor) -> TensorInfo:
             f"expected dense tensors on the CPU for safetensors, but {name!r} is a {kind}; write "
             "a file of torch instead (--format torch)."
         )
-    dtype = _FORMAT_NAMES.get(str(tensor.dtype))
-    if dtype is None:
+    if str(tensor.dtype) not in _FORMAT_NAMES:
         raise RefusedError(
             f"safetensors has no dtype for {name!r}, which is {tensor.dtype}; write a file of "
             "torch instead (--format torch)."
         )
-    return TensorInfo(name, dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
+    return tensor_info(name, tensor.dtype, tensor.shape)
 
 
 def write_tensor(sink: Sink, tensor: Tensor) -> None:
