@@ -30,7 +30,8 @@ from distbn_convert.errors import (
 from .checkpoints import Net, bn_state, load, repickled
 
 LEFT_ALONE = (
-    "left alone: its running_mean or running_var is no plain tensor, or in a Python object."
+    "left alone: its running_mean or running_var is no plain tensor (but a NumPy array, say), or "
+    "in a Python object; save it as a tensor."
 )
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

@@ -26,7 +26,10 @@ KeyPath = tuple[Any, ...]  # the keys that lead from the top of a file to what i
 PLAIN = (str, bytes, int, float, complex, type(None))  # equal if they look it
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_NOT_PLAIN = "its running_mean or running_var is no plain tensor, or in a Python object"
+_NOT_PLAIN = (
+    "its running_mean or running_var is no plain tensor (but a NumPy array, say), or in a Python "
+    "object; save it as a tensor"
+)
 _NAMES = frozenset(("weight", "bias", *STATISTICS))
 
 
