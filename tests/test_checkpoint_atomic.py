@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -215,6 +217,18 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     assert text.startswith(f"not enough space in {tmp_path}: needs 2100.0 TB, has ")
     assert text.endswith("; nothing was written.")
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_space_that_is_a_little_too_small_is_told_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needed 1.1 MB and had 1.1 MB."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_099_999))
+    with (
+        pytest.raises(FileAccessError, match=r"needs 1,100,000 bytes, has 1,099,999; nothing was"),
+        atomic_output(tmp_path / "a", expected_bytes=1_100_000),
+    ):
+        raise AssertionError
     assert names(tmp_path) == []
 
 

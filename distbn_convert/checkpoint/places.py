@@ -245,10 +245,12 @@ def check_space(folder: Path, needed: int | None) -> None:
         return
     free = shutil.disk_usage(folder).free
     if needed > free:
+        needs, has = human_size(needed), human_size(free)
+        if needs == has:
+            needs, has = f"{needed:,} bytes", f"{free:,}"
         raise _refusal(
             errno.ENOSPC,
-            f"not enough space in {folder}: needs {human_size(needed)}, has {human_size(free)}; "
-            "nothing was written.",
+            f"not enough space in {folder}: needs {needs}, has {has}; nothing was written.",
         )
 
 
