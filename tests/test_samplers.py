@@ -87,6 +87,18 @@ def test_an_interleaved_epoch_is_the_permutation_itself() -> None:
     assert [index for batch in sampler for index in batch] == order + order[:1]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fewer_processes_with_larger_batches_deal_in_turn_to_interleaved_ranks(
+    replicas: int,
+) -> None:
+    ranks = 3
+    real = real_batches(54, 4, replicas * ranks, 1, False)
+    fewer = real_batches(54, 4 * ranks, replicas, 1, False)
+    for place, batches in enumerate(real):
+        row, process = divmod(place, replicas)
+        assert [batch[row::ranks] for batch in fewer[process]] == batches
+
+
 def test_every_epoch_has_a_permutation_of_its_own() -> None:
     sampler = VirtualDistributedSampler(range(40), 5, 4)
     first = list(sampler)
