@@ -74,7 +74,7 @@ def test_the_extra_of_the_tests_holds_what_every_script_needs() -> None:
     needed = {
         extra
         for script in (ROOT / "scripts").iterdir()
-        if script.suffix in ("", ".sh")
+        if script.is_file() and script.suffix in ("", ".sh")
         for extra in re.findall(
             r"^make_environment (\w+)$", script.read_text("utf-8"), re.MULTILINE
         )
