@@ -151,10 +151,10 @@ def revert_model(
             ``"pooled"`` (law of total variance). Default: ``"mean"``
         rank: **int**, the rank that ``"select"`` takes. Default: 0
         filter_fn: **callable(module, fqn) -> bool**, takes the layers to revert. Default: None, all
-        process_group: **ProcessGroup**, reduce over the rows of all its processes together, one
-            collective, each of them calling this; ``torch.distributed.group.WORLD`` for all
-            there are. Rows, and ``rank``, count through the processes: process r of R holds rV
-            to rV + V - 1. Default: None, the rows of this process alone
+        process_group: **ProcessGroup**, reduce over the rows of all its processes together, each
+            of them calling this; ``torch.distributed.group.WORLD`` for all there are. Rows, and
+            ``rank``, count through the processes: process r of R holds rV to rV + V - 1.
+            Default: None, the rows of this process alone
 
     Returns:
         nn.Module: ``model`` itself. Its evaluation equals, bit for bit, that of the converted
@@ -184,6 +184,8 @@ def revert_model(
     ]
     entries = [e for e in candidates if accepts(filter_fn, e.module, [e.fqn, *e.aliases])]
     if not entries:
+        if process_group is not None:  # the others may have some, and wait for this process
+            gather_rows([], process_group)
         raise _nothing(candidates, filter_fn, "layers with virtual ranks", "revert")
     _raise_unless_revertible(modules, entries)
     buffers = _reduce_all(entries, reduction, rank, process_group)
@@ -227,15 +229,16 @@ def _reduce_all(
     processes = 1 if process_group is None else group_place(process_group)[0]
     layers = []
     for entry in entries:
-        module = cast(DistBatchNormMixin, entry.module)
-        check_reduction(reduction, rank, processes * module.num_ranks)
-        buffers = {name: getattr(module, name) for name in STATISTICS}
+        buffers = {name: getattr(entry.module, name) for name in STATISTICS}
         layers.append({name: buffer for name, buffer in buffers.items() if buffer is not None})
     rows = [buffer for buffers in layers for buffer in buffers.values()]
     gathered = iter(rows if process_group is None else gather_rows(rows, process_group))
     shared: dict[tuple[str | int, ...], Tensor] = {}
     new = []
     for entry, buffers in zip(entries, layers, strict=True):
+        ranks = cast(DistBatchNormMixin, entry.module).num_ranks
+        # Not before: a process that raises alone leaves the others waiting for it.
+        check_reduction(reduction, rank, processes * ranks)
         stacked = {name: next(gathered) for name in buffers}
         for name, value in reduce_rows(stacked, reduction, rank).items():
             # A pooled variance depends on the mean as well.

@@ -61,10 +61,11 @@ def sync_running_stats(
     """
     processes, _ = group_place(process_group)
     layers = [buffers for module in model.modules() if (buffers := running_statistics(module))]
-    ranks = processes * max((len(_rows(layer[MEAN], 1)) for layer in layers), default=1)
-    check_reduction(reduction, rank, ranks)
     own = [_rows(buffer, name != COUNT) for buffers in layers for name, buffer in buffers.items()]
     gathered = iter(gather_rows(own, process_group))
+    # Not before: a process that raises alone leaves the others waiting for it.
+    ranks = processes * max((len(_rows(layer[MEAN], 1)) for layer in layers), default=1)
+    check_reduction(reduction, rank, ranks)
     new = []
     for buffers in layers:
         rows = {name: next(gathered) for name in buffers}

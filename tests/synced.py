@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,14 +80,23 @@ def differing() -> list[str]:
     """What is said of models that are others in the second process."""
     here = dist.get_rank()
     messages = []
-    for model in (
-        convert_model(nn.BatchNorm1d(3), 2 + here),
-        nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5) if here else nn.Identity()),
-        nn.BatchNorm1d(3, track_running_stats=not here),
+    last = partial(sync_running_stats, reduction="select", rank=4)  # which the second one has
+    revert = partial(revert_model, process_group=dist.group.WORLD)
+    select = partial(revert, reduction="select", rank=4)
+    for function, model in (
+        (sync_running_stats, convert_model(nn.BatchNorm1d(3), 2 + here)),
+        (
+            sync_running_stats,
+            nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5) if here else nn.Identity()),
+        ),
+        (sync_running_stats, nn.BatchNorm1d(3, track_running_stats=not here)),
+        (last, convert_model(nn.BatchNorm1d(3), 2 + here)),
+        (select, convert_model(nn.BatchNorm1d(3), 2 + here)),
+        (revert, convert_model(nn.BatchNorm1d(3), 2) if here else nn.BatchNorm1d(3)),
     ):
         before = copy.deepcopy(model.state_dict())
         try:
-            sync_running_stats(model)
+            function(model)
         except ConfigurationError as error:
             messages.append(str(error))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -155,10 +155,14 @@ def test_models_that_differ_are_refused_in_every_process(processes: list[dict[st
     """Their numbers were mixed, or the processes waited for each other without end."""
     assert processes[0]["differing"] == processes[1]["differing"]
     where = "tensor {} is {} in process 0 and {} in process 1; make the same model"
+    ranks = where.format(0, "(2, 3) of torch.float32", "(3, 3) of torch.float32")
     expected = [
-        where.format(0, "(2, 3) of torch.float32", "(3, 3) of torch.float32"),
+        ranks,
         where.format(3, "missing", "(1, 5) of torch.float32"),
         where.format(0, "(1, 3) of torch.float32", "missing"),
+        ranks,
+        ranks,
+        where.format(0, "missing", "(2, 3) of torch.float32"),
     ]
     for message, text in zip(processes[0]["differing"], expected, strict=True):
         assert text in message
