@@ -38,7 +38,7 @@ def measure_spread(means: Rows, variances: Rows) -> Spread | None:
 
 def count_nonfinite(*tensors: Rows) -> int:
     """Count the NaN and infinite numbers."""
-    return sum(not math.isfinite(value) for rows in tensors for row in rows for value in row)
+    return sum(len(row) - sum(map(math.isfinite, row)) for rows in tensors for row in rows)
 
 
 def largest_count(counters: Sequence[Any]) -> int | None:
