@@ -390,6 +390,8 @@ def test_signatures_show_the_options_of_the_commands(
     given = command.make_context("x", args, obj={}).params
     options = {name: value for name, value in given.items() if name in vars(Options)}
     assert len(options) > 5
+    otherwise = {"overwrite", "allow_compressed", "progress"}  # --force, and a bar
+    assert shown.keys() & vars(Options) <= options.keys() | otherwise
     assert {name: shown[name].default for name in options} == options
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
     known = get_args(get_type_hints(function)["options"])[0]

@@ -11,7 +11,7 @@ from .edit import Replacements, gather_groups
 from .groups import Group, KeyPath, Specs, dotted
 from .intact import check_checksums
 from .job import Job
-from .keywords import Keywords, Unpack, shows_options
+from .keywords import Unpack, WritingKeywords, shows_options
 from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport
@@ -24,12 +24,12 @@ __all__ = ["gather_checkpoints"]
 _REDUCTIONS = ("stack", "mean", "pooled")
 
 
-@shows_options(Keywords)
+@shows_options(WritingKeywords)
 def gather_checkpoints(
     srcs: Sequence[StrPath],
     dst: StrPath | None,
     reduction: str = "stack",
-    **options: Unpack[Keywords],
+    **options: Unpack[WritingKeywords],
 ) -> CheckpointReport:
     """Unite checkpoints that real ranks saved one by one.
 

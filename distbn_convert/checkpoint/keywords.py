@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Unpack  # torch brings it
 
-__all__ = ["Keywords", "ReadingKeywords", "Unpack", "shows_options"]
+__all__ = ["Keywords", "ReadingKeywords", "Unpack", "WritingKeywords", "shows_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,18 +39,23 @@ class ReadingKeywords(TypedDict, total=False):
     sha256: bool
 
 
-class Keywords(ReadingKeywords, total=False):
+class WritingKeywords(ReadingKeywords, total=False):
     """Options of the functions that write."""
 
     format: str
     max_shard_size: int | str | None
     overwrite: bool
-    in_place: bool
-    backup: bool
     dry_run: bool
     verify: bool
     fsync: bool
     progress: Progress | None
+
+
+class Keywords(WritingKeywords, total=False):
+    """Options of those with one input."""
+
+    in_place: bool
+    backup: bool
 
 
 def shows_options(keywords: type) -> Callable[[F], F]:
