@@ -327,6 +327,20 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in"]
 
 
+@pytest.mark.parametrize("dst", ["in", "out"])
+def test_shards_below_a_link_to_a_folder_are_not_written_through_it(
+    tmp_path: Path, dst: str
+) -> None:
+    """It said that they exist, and to use overwrite=True, also with that."""
+    tiny(tmp_path / "blobs")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "weights").symlink_to(tmp_path / "blobs")
+    write_index(tmp_path / "in", {"a": "weights/1.safetensors"})
+    with pytest.raises(RefusedError, match="in/weights is a link to a folder with files to change"):
+        convert(tmp_path / "in", tmp_path / dst, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["blobs", "in"]
+
+
 def test_a_folder_takes_time_in_proportion_to_its_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

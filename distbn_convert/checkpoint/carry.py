@@ -125,6 +125,12 @@ class _Plan:
                 path = os.path.normpath(os.path.join(relative, name))
                 if path not in leave_out and not is_temporary(name):
                     self._add_file(path)
+        below = sorted(self.links & _parents(changed))
+        if below:
+            raise RefusedError(
+                f"{self.source / below[0]} is a link to a folder with files to change, which may "
+                "serve others; put the folder itself there, or choose an output of another format."
+            )
         emptied = _parents(leave_out)  # unless something else is in them
         filled = _parents([*self.files, *(set(self.folders) - emptied)])
         self.folders = [name for name in self.folders if name in filled or name not in emptied]
