@@ -410,6 +410,14 @@ def test_numbers_of_four_bits_are_read_and_written(path: Path, shape: tuple[int,
     gather_checkpoints([path, other], path.with_name("both"), format="torch", overwrite=True)
 
 
+@since_torch(2, 8, reason="there is no float4_e2m1fn_x2")
+def test_numbers_of_four_bits_without_dimensions_are_refused() -> None:
+    """What was written was called damaged when it was read back."""
+    pair = torch.zeros((), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(RefusedError, match="'a', which is torch.float4_e2m1fn_x2 without dimensio"):
+        write(io.BytesIO(), {"a": pair})
+
+
 @pytest.mark.parametrize(("dtype", "shape"), [("F6_E2M3", [4]), ("F4", [2, 3])])
 def test_a_dtype_that_torch_lacks_is_copied_but_not_read(
     path: Path, dtype: str, shape: list[int]

@@ -230,12 +230,15 @@ def describe(name: str, tensor: Tensor) -> TensorInfo:
             f"expected dense tensors on the CPU for safetensors, but {name!r} is a {kind}; write "
             "a file of torch instead (--format torch)."
         )
-    if str(tensor.dtype) not in _FORMAT_NAMES:
+    info = tensor_info(name, tensor.dtype, tensor.shape)
+    half = info.dtype == _PACKED and not info.shape  # one number, where torch has two
+    if half or info.dtype not in _TORCH_NAMES:
         raise RefusedError(
-            f"safetensors has no dtype for {name!r}, which is {tensor.dtype}; write a file of "
-            "torch instead (--format torch)."
+            f"safetensors has no dtype for {name!r}, which is {tensor.dtype}"
+            f"{' without dimensions' if half else ''}; write a file of torch instead "
+            "(--format torch)."
         )
-    return tensor_info(name, tensor.dtype, tensor.shape)
+    return info
 
 
 def write_tensor(sink: Sink, tensor: Tensor) -> None:
