@@ -410,8 +410,8 @@ def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:
     convert_checkpoint(tmp_path / "in", tmp_path / "sound", 2, strict=True)
     (tmp_path / "in" / "ema.pt").touch()
     (warning,) = convert_checkpoint(tmp_path / "in", tmp_path / "told", 2).warnings
-    assert warning == f"ema.pt in {tmp_path / 'in'} was not looked into."
-    with pytest.raises(RefusedError, match="ema.pt in .* Refused because of --strict"):
+    assert warning == "ema.pt beside the weights was not looked into."
+    with pytest.raises(RefusedError, match="in: ema.pt beside .* Refused because of --strict"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, strict=True)
     assert not (tmp_path / "out").exists()
 

@@ -125,6 +125,17 @@ def test_case_03_what_is_not_finite_in_any_input_is_told_and_strict_refuses(
             assert warning in run().warnings
 
 
+def test_case_03_what_is_not_finite_in_the_file_compared_with_is_told_with_its_name(
+    tmp_path: Path,
+) -> None:
+    odd = nn.BatchNorm1d(3).state_dict() | {"running_var": torch.full((3,), math.inf)}
+    path, virtual = save(tmp_path, odd), tmp_path / "virtual.pth"
+    convert_checkpoint(path, virtual, 2)
+    end = "statistics are NaN or infinite, first in (top level)."
+    assert verify_checkpoint(virtual, path).warnings == (f"6 {end}", f"{path}: 3 {end}")
+    assert verify_checkpoint(path, path).warnings == (f"3 {end}",)
+
+
 def test_case_04_large_values_do_not_overflow_and_a_float16_overflow_is_an_error(
     tmp_path: Path,
 ) -> None:

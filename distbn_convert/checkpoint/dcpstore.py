@@ -47,7 +47,7 @@ class DcpStore:
         pieces = self.folder.metadata.storage_data.values()
         if len({info.relative_path.split("_0")[0] for info in pieces}) > 1:
             self.warnings.append(
-                f"several ranks wrote {path}, and torch takes each BatchNorm statistic from one "
+                "several ranks wrote the folder, and torch takes each BatchNorm statistic from one "
                 "of them, mean and variance perhaps from two; synchronise them before saving."
             )
 

@@ -42,7 +42,7 @@ class _FolderStore:
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             verb = "were" if more else "was"
-            self.concerns.append(f"{others[0]}{more} in {folder} {verb} not looked into.")
+            self.concerns.append(f"{others[0]}{more} beside the weights {verb} not looked into.")
 
     def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the file that has a tensor, and its header."""

@@ -86,8 +86,9 @@ def verify_checkpoint(
         comparison = Comparison(side, other, tolerance, files=chosen.state is None)
         comparison.raise_differences()
         report.largest_difference = comparison.largest
-        warnings += [*other.warnings, *comparison.warnings()]
-    report.warnings = tuple(dict.fromkeys(warnings))
+        warnings += [f"{against}: {it}" for it in other.warnings if it not in warnings]
+        warnings += comparison.warnings()
+    report.warnings = tuple(warnings)
     return report
 
 
