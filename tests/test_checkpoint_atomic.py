@@ -217,6 +217,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     assert text.startswith(f"not enough space in {tmp_path}: needs 2100.0 TB, has ")
     assert text.endswith("; nothing was written.")
     assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
 
 
 def test_space_that_is_a_little_too_small_is_told_in_bytes(
