@@ -36,8 +36,9 @@ class Survey:
         reports = [_report(store, group, action, None, spread) for group in self.chosen]
         bad = [report for report in reports if report.nonfinite]
         if bad:
+            count = sum(report.nonfinite for report in bad)
             self.concerns.append(
-                f"{sum(report.nonfinite for report in bad)} statistics are NaN or infinite, "
+                f"{count} statistic{' is' if count == 1 else 's are'} NaN or infinite, "
                 f"first in {bad[0].name or '(top level)'}."
             )
         return (
