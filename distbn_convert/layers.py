@@ -264,9 +264,10 @@ class DistBatchNormMixin(_BatchNorm):
 
 
 # What a layer with virtual ranks has that BatchNorm has not, but for what Python gives a class.
-ADDED_NAMES = frozenset(dir(DistBatchNormMixin)) | {one.name for one in fields(RankSettings)}
 ADDED_NAMES = frozenset(
-    name for name in ADDED_NAMES - {*dir(_BatchNorm)} if not name.startswith("__")
+    name
+    for name in (*dir(DistBatchNormMixin), *(one.name for one in fields(RankSettings)))
+    if not (hasattr(_BatchNorm, name) or name.startswith("__"))
 )
 
 

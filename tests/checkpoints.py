@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import signal
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -236,6 +237,16 @@ def repickled(path: Path, old: bytes, new: bytes) -> Path:
                 data = data.replace(old, new)
             out.writestr(info.filename, data)
     return changed
+
+
+def header_bytes(header: object, data: bytes = b"") -> bytes:
+    """A file of safetensors with that header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: object = "U8", shape: object = (2,), offsets: object = (0, 2)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def write_index(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -12,16 +11,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-from urllib.error import URLError
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from distbn_convert import checkpoint, models
-from distbn_convert.checkpoint import Options, convert_checkpoint, inspect_checkpoint
-from distbn_convert.cli import checkpoints as commands
+from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint
 
 from .checkpoints import BATCH_NORMS, Net, load, resaved, run_cli, torchvision_style
 
@@ -370,135 +366,3 @@ def test_options_are_the_librarys(capsys: Any, tmp_path: Path) -> None:
     assert content["model"]["head.running_mean"].shape == (2, 4)
     assert content["model"]["conv1_BN.running_mean"].shape == (5,)
     assert content["model_ema"]["module.head.running_mean"].shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("command", "function", "args"),
-    [
-        (commands.convert, checkpoint.convert_checkpoint, ["a", "b", "--vt-world-size", "2"]),
-        (commands.revert, checkpoint.revert_checkpoint, ["a", "b"]),
-        (commands.inspect, checkpoint.inspect_checkpoint, ["a"]),
-        (commands.gather, checkpoint.gather_checkpoints, ["a", "b", "c"]),
-        (commands.verify, checkpoint.verify_checkpoint, ["a"]),
-    ],
-)
-def test_signatures_show_the_options_of_the_commands(
-    command: Any, function: Any, args: list[str]
-) -> None:
-    """With their defaults, as ``help`` and editors do; and a type checker knows the same types."""
-    shown = inspect.signature(function).parameters
-    given = command.make_context("x", args, obj={}).params
-    options = {name: value for name, value in given.items() if name in vars(Options)}
-    assert len(options) > 5
-    otherwise = {"overwrite", "allow_compressed", "progress"}  # --force, and a bar
-    assert shown.keys() & vars(Options) <= options.keys() | otherwise
-    assert {name: shown[name].default for name in options} == options
-    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
-    known = get_args(get_type_hints(function)["options"])[0]
-    assert get_type_hints(known).items() <= get_type_hints(Options).items()
-    assert get_type_hints(known).keys() == shown.keys() & vars(Options)
-
-
-def test_a_type_checker_refuses_wrong_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mypy = pytest.importorskip("mypy.api", reason="mypy is not installed")
-    monkeypatch.setenv("MYPYPATH", str(Path(checkpoint.__file__).parents[2]))
-    (tmp_path / "use.py").write_text(
-        "from distbn_convert.checkpoint import convert_checkpoint, inspect_checkpoint\n"
-        "convert_checkpoint('a', None, 2, include=['layer1.*'], in_place=True)\n"
-        "convert_checkpoint('a', 'b', 2, overwrit=True)\n"
-        "convert_checkpoint('a', 'b', 2, overwrite='yes')\n"
-        "inspect_checkpoint('a', in_place=True)\n"
-    )
-    # Torch's own types, which take a while to read, are not looked at.
-    quick = ["--config-file=", "--cache-dir=/dev/null", "--no-site-packages"]
-    quick += ["--ignore-missing-imports", "--follow-imports=silent", "--hide-error-codes"]
-    out, _, _ = mypy.run([*quick, str(tmp_path / "use.py")])
-    assert re.findall(r":(\d): error: (?:Unexpected keyword a|A)rgument \"(\w+)\"", out) == [
-        ("3", "overwrit"),
-        ("4", "overwrite"),
-        ("5", "in_place"),
-    ], out
-
-
-def test_models_lists_the_zoo_and_exports_one(capsys: Any, tmp_path: Path) -> None:
-    assert run_cli(capsys, "models", "resnet18", "vgg11").out.split() == [
-        *("resnet18", "20"),
-        *("vgg11", "0"),
-    ]
-    for words in (
-        ("--json", "resnet18"),
-        ("resnet18", "--json"),
-        ("--no-color", "--json", "res*18"),
-    ):
-        assert run_cli(capsys, "models", *words).json["batch_norms"] == {"resnet18": 20}
-    for words in (("resnet18",), ("export",), ()):
-        assert "--json" in run_cli(capsys, "models", *words, "--help").out
-    for name in ("r.pth", "r.safetensors"):
-        path = tmp_path / name
-        done = run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2)
-        assert done.code == 0, done.err
-        assert inspect_checkpoint(path).virtual_ranks == 2
-        assert len(inspect_checkpoint(path).groups) == 20
-    assert run_cli(capsys, "models", "export", "resnet18", path, "--vt-world-size", 2).code == 6
-
-
-def test_each_model_is_listed_once_it_is_counted(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of them take a while, in which nothing was to be seen."""
-
-    def count(name: str) -> int:
-        assert name != "resnet101"
-        return 7
-
-    monkeypatch.setattr(models, "count_batch_norms", count)
-    assert run_cli(capsys, "models", "resnet101", "res*").out == ""
-    assert run_cli(capsys, "models", "alexnet", "resnet101").out.split() == ["alexnet", "7"]
-
-
-def test_weights_that_cannot_be_fetched_are_told(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise URLError("no such host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    options = ["--vt-world-size", 2, "--weights", "DEFAULT"]
-    done = run_cli(capsys, "models", "export", "resnet18", tmp_path / "o", *options)
-    assert done.code == 7
-    told = "Error: cannot fetch the weights DEFAULT of resnet18: no such host; check the network"
-    assert done.err.splitlines()[-1].startswith(told)
-    assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize("arguments", [[], ["export", "resnet18", "o", "--vt-world-size", "2"]])
-def test_models_without_torchvision_say_what_to_install(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    done = run_cli(capsys, "models", *arguments)
-    assert done.code == 1
-    assert done.err.endswith("install it with: pip install 'distbn_convert[models]'\n")
-
-
-@pytest.mark.parametrize(
-    ("code", "arguments", "told"),
-    [
-        (2, ["no_such_model"], "none matches no_such_model; run the command without names"),
-        (2, ["export", "nonsense", "o", "--vt-world-size", "2"], "but got 'nonsense'"),
-        (2, ["export", "resnet18", "o", "--vt-world-size", "2", "--weights", "X"], "but got 'X'"),
-        (2, ["export", "resnet18", "o", "--vt-world-size", "0"], "must be a positive int"),
-        (3, ["export", "squeezenet1_1", "o", "--vt-world-size", "2"], "with some BatchNorm"),
-    ],
-)
-def test_what_models_cannot_do_is_one_sentence(
-    capsys: Any, code: int, arguments: list[str], told: str
-) -> None:
-    done = run_cli(capsys, "models", *arguments)
-    assert (done.code, done.out) == (code, "")
-    assert told in done.err.splitlines()[-1]
-    assert "bug" not in done.err
-    assert run_cli(capsys, "models", *arguments, "--json").json["error"]["exit_code"] == code

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigurationError
 from .intact import check_checksums
 from .job import Job, file_info
-from .keywords import Keywords, ReadingKeywords, Unpack, shows_options
+from .keywords import InPlaceKeywords, ReadingKeywords, Unpack, shows_options
 from .options import Options
 from .places import StrPath, as_path
 from .report import CheckpointReport, GroupReport
@@ -23,9 +23,9 @@ __all__ = ["convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 MAX_RANKS = 65536
 
 
-@shows_options(Keywords)
+@shows_options(InPlaceKeywords)
 def convert_checkpoint(
-    src: StrPath, dst: StrPath | None, vt_world_size: int, **options: Unpack[Keywords]
+    src: StrPath, dst: StrPath | None, vt_world_size: int, **options: Unpack[InPlaceKeywords]
 ) -> CheckpointReport:
     """Give every BatchNorm in a checkpoint virtual ranks, without the model's code.
 
@@ -67,13 +67,13 @@ def convert_checkpoint(
     return job.run("plain", "converted", compute, virtual_ranks=vt_world_size)
 
 
-@shows_options(Keywords)
+@shows_options(InPlaceKeywords)
 def revert_checkpoint(
     src: StrPath,
     dst: StrPath | None,
     reduction: str = "mean",
     rank: int = 0,
-    **options: Unpack[Keywords],
+    **options: Unpack[InPlaceKeywords],
 ) -> CheckpointReport:
     """Turn the virtual ranks in a checkpoint back into plain BatchNorm statistics.
 
@@ -146,9 +146,7 @@ def inspect_checkpoint(src: StrPath, **options: Unpack[ReadingKeywords]) -> Chec
         check_checksums(path)
     store = open_store(path, chosen.reading)
     found = survey(store, path, chosen.selection, None)
-    groups = found.reports(store, "found", spread=True)
-    if chosen.strict:
-        found.raise_concerns(path)
+    groups = found.examine(store, path, chosen.strict, spread=True)
     return CheckpointReport(
         command="inspect",
         source=file_info(path, store.format, chosen.sha256),

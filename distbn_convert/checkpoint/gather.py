@@ -86,9 +86,7 @@ def gather_checkpoints(
             job.watch_read(path, stores[-1])
             other = survey(stores[-1], path, chosen_options.selection, "any")
             _check_same(srcs[0], src, stores, (chosen, other.chosen))
-            other.reports(stores[-1], "gathered")
-            if chosen_options.strict:
-                other.raise_concerns(path)
+            other.examine(stores[-1], path, chosen_options.strict)
             found.concerns += [f"{src}: {it}" for it in other.concerns if it not in found.concerns]
             found.notes.extend(_other_differences(src, stores, chosen))
             if chosen_options.verify:

@@ -90,9 +90,7 @@ class Job:
         if self.format is not None and options.max_shard_size is None:
             self.watch_read(self.src, store)
         found = survey(store, self.src, options.selection, state)
-        groups = found.reports(store, action)
-        if options.strict:
-            found.raise_concerns(self.src)
+        groups = found.examine(store, self.src, options.strict, action)
         source = file_info(self.root, store.format, options.sha256)
         replacements = compute(store, found)
         if self.kind is Kind.TORCH_LEGACY and self.format != "safetensors":

@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Unpack  # torch brings it
 
-__all__ = ["Keywords", "ReadingKeywords", "Unpack", "WritingKeywords", "shows_options"]
+__all__ = ["InPlaceKeywords", "ReadingKeywords", "Unpack", "WritingKeywords", "shows_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,8 +51,8 @@ class WritingKeywords(ReadingKeywords, total=False):
     progress: Progress | None
 
 
-class Keywords(WritingKeywords, total=False):
-    """Options of those with one input."""
+class InPlaceKeywords(WritingKeywords, total=False):
+    """Options of those with one input, which may put the output in its place."""
 
     in_place: bool
     backup: bool

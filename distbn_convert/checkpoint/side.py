@@ -64,9 +64,7 @@ class Side:
             if not self._roots:
                 raise self.lacks(self.state)
         surveyed = survey(store, path, selection, None)
-        surveyed.reports(store, "compared")
-        if strict:
-            surveyed.raise_concerns(path)
+        surveyed.examine(store, path, strict)
         self.groups = surveyed.chosen
         self.warnings = [*store.warnings, *surveyed.concerns]
         self._numbers: dict[KeyPath, dict[Any, int]] = {}

@@ -31,8 +31,21 @@ class Survey:
     concerns: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def reports(self, store: Store, action: str, spread: bool = False) -> tuple[GroupReport, ...]:
-        """Report on each group; adds a concern about statistics that are not finite."""
+    def examine(
+        self, store: Store, path: Path, strict: bool, action: str = "found", spread: bool = False
+    ) -> tuple[GroupReport, ...]:
+        """Report on each group, and add a concern about statistics that are not finite.
+
+        Args:
+            store: the open file.
+            path: its name, for messages.
+            strict: whether a concern is an error.
+            action: what the command calls what it does with the chosen groups. Default: "found"
+            spread: whether to measure how far virtual ranks disagree. Default: False
+
+        Raises:
+            RefusedError: there is a concern, and ``strict``.
+        """
         reports = [_report(store, group, action, None, spread) for group in self.chosen]
         bad = [report for report in reports if report.nonfinite]
         if bad:
@@ -41,19 +54,12 @@ class Survey:
                 f"{count} statistic{' is' if count == 1 else 's are'} NaN or infinite, "
                 f"first in {bad[0].name or '(top level)'}."
             )
+        if strict and self.concerns:
+            raise RefusedError(f"{path}: {self.concerns[0]} Refused because of --strict.")
         return (
             *reports,
             *(_report(store, group, "skipped", reason, spread) for group, reason in self.skipped),
         )
-
-    def raise_concerns(self, path: Path) -> None:
-        """Make the first concern an error, as ``strict`` wants.
-
-        Raises:
-            RefusedError: there is a concern.
-        """
-        if self.concerns:
-            raise RefusedError(f"{path}: {self.concerns[0]} Refused because of --strict.")
 
 
 def survey(store: Store, path: Path, selection: Selection, state: str | None) -> Survey:
