@@ -40,6 +40,7 @@ from distbn_convert import DistBatchNorm2d, convert_model
 from distbn_convert.functional import dist_batch_norm
 from distbn_convert.kernels.gpu import SWITCH, launch, rule
 from distbn_convert.kernels.gpu.launch import describe
+from distbn_convert.kernels.gpu.rule import Choice
 from distbn_convert.kernels.layout import arrange
 from tests.aot import RESNET50
 from tests.resnet import resnet50
@@ -56,9 +57,10 @@ CLEARED = 256 * 2**20
 SLEPT_CYCLES = 1_000_000
 CYCLES_PER_SECOND = 4_000_000_000
 REPEATS = 30
-# Times of a layer, and which kernels that wait may be chosen for each.
+# Times of a layer, and which kernels that wait may be chosen for each, and whether staged loops.
 ENABLED = {
     "ms": rule.ENABLED,
+    "staged_ms": rule.ENABLED | {"staged"},
     "pipelined_ms": rule.WAITING,
     "ticketed_ms": frozenset({"ticketed"}),
     "unaided_ms": frozenset(),
@@ -120,17 +122,17 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
             times["relu forward"] = time_forward(lambda: ours("relu"))
         return times
 
-    def choose() -> dict[str, str]:
-        return {name: share.choose(name == "backward").kind for name in ("forward", "backward")}
+    def choose() -> dict[str, Choice]:
+        return {name: share.choose(name == "backward") for name in ("forward", "backward")}
 
     share = describe(*arrange(x.detach()), RANKS, False)
-    kinds: list[dict[str, str]] = []
+    choices: list[dict[str, Choice]] = []
     times: list[dict[str, float]] = []
     for enabled in ENABLED.values():
         with only_enabled(enabled):
             found = choose()
-            times.append(times[kinds.index(found)] if found in kinds else measure())
-            kinds.append(found)
+            times.append(times[choices.index(found)] if found in choices else measure())
+            choices.append(found)
     with unsized():
         unsized_ms = times[0] if share.last else measure()
     with switched_off():
@@ -142,8 +144,8 @@ def time_layer(x: Tensor, passes: set[str], bandwidth: float) -> list[Row]:
     for name in times[0]:
         row: Row = {"pass": name, "off_ms": off_ms[name], "plain_ms": plain_ms[name]}
         row["unsized_ms"] = unsized_ms[name]
-        for what, kind, ms in zip(ENABLED, kinds, times, strict=True):
-            row |= {what: ms[name], what.replace("ms", "kernel"): kind[name.split()[-1]]}
+        for what, choice, ms in zip(ENABLED, choices, times, strict=True):
+            row |= {what: ms[name], what.replace("ms", "kernel"): choice[name.split()[-1]].kind}
         moved = (3 if name == "backward" else 2) * x.nbytes
         row |= {"floor_ms": moved / bandwidth, "copy_ms": copy_ms(moved)}
         rows.append(row)

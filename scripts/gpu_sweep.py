@@ -3,7 +3,7 @@
 ``PYTHONPATH=. python scripts/gpu_sweep.py RESULTS.json``, on a GPU machine: for each of ResNet-50's
 layers, passes, layouts and dtypes, N=256, V=8, some seventy candidates, compiled on all cores first
 (minutes). Each must give what the rule's choice gives, to rounding. The fastest is printed beside
-the rule's choice; all are kept.
+the rule's choice; all are kept. ``--only contiguous backward`` leaves out what is not both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,11 @@ from distbn_convert.kernels.gpu.rule import MULTIPROCESSORS, Choice, power_of_tw
 from tests.dispatched import nothing_launched
 
 FORMATS = [("contiguous", "bf16"), ("contiguous", "fp32"), ("channels_last", "bf16")]
+PASSES = "forward", "backward"
 # Bytes between the two visits of a ticketed kernel, and pieces that a split makes.
 DEPTH_BYTES, PIECES = (5e6, 9e6, 14e6, 20e6), (264, 528, 1056, 2112)
+# Of shared memory, for tiles on their way.
+STAGED_BYTES = 192 * 1024
 ROUNDING = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 
 
@@ -52,10 +55,11 @@ class Layer(NamedTuple):
         return Share(*batch, False, last, itemsize, multiprocessors())
 
 
-def layers() -> Iterator[Layer]:
+def layers(only: Sequence[str] = ()) -> Iterator[Layer]:
     for (layout, dtype), (channels, side) in itertools.product(FORMATS, gpu_bench.LAYERS):
         for backward in (False, True):
-            yield Layer(layout, dtype, channels, side, backward)
+            if {*only} <= {layout, dtype, PASSES[backward]}:
+                yield Layer(layout, dtype, channels, side, backward)
 
 
 def candidates(layer: Layer) -> list[Choice]:
@@ -77,7 +81,7 @@ def find_contiguous(share: Share, backward: bool) -> Iterator[Choice]:
                 yield Choice("planes", samples, width, warps)
     for warps, tile in tiles((8, 16, 32), (8, 16)):
         if tile < share.values:
-            yield Choice("loop", tile, 1, warps)
+            yield from staged(Choice("loop", tile, 1, warps), share, backward)
     for warps, tile in tiles((2, 4, 8, 16), (32,) if share.itemsize == 4 else (32, 64)):
         size = -(-share.values // (-(-share.values // tile) * 32)) * 32
         splits = -(-share.values // size)
@@ -92,12 +96,11 @@ def find_channels_last(share: Share, backward: bool) -> Iterator[Choice]:
     if share.itemsize == 2:
         yield from find_pipelined(share, backward)
     widths = [width for width in (16, 32, 64, 128) if width <= share.channels]
-    for width, (warps, tile) in itertools.product(widths, tiles((4, 8, 16, 32), each)):
+    for width, (warps, tile) in itertools.product(widths, tiles((8, 16, 32), (4, *each))):
+        if tile // width < values and values * width <= 2**21:
+            yield from staged(Choice("loop", tile // width, width, warps), share, backward)
+    for width, (warps, tile) in itertools.product(widths, tiles((4, 8), each)):
         rows, slabs = tile // width, share.slabs(width)
-        if warps > 4 and rows < values and values * width <= 2**21:
-            yield Choice("loop", rows, width, warps)
-        if warps > 8:
-            continue
         for pieces in PIECES:
             size = -(-values // (min(-(-pieces // slabs), 128) * rows)) * rows
             yield Choice("split", rows, width, warps, -(-values // size), size)
@@ -105,6 +108,15 @@ def find_channels_last(share: Share, backward: bool) -> Iterator[Choice]:
         for depth in {min(int(most / slab), slabs) for most in DEPTH_BYTES} - {0, 1}:
             size = max(-(-values // (min(-(-792 // depth), 128) * rows)), 2) * rows
             yield Choice("ticketed", rows, width, warps, -(-values // size), size, depth)
+
+
+def staged(loop: Choice, share: Share, backward: bool) -> Iterator[Choice]:
+    """A loop, and in the backward with up to three tiles on their way."""
+    yield loop
+    for stages in (2, 3, 4) if backward else ():
+        tiles = 2 * (stages - 1)  # of both tensors
+        if tiles * loop.rows * loop.channels * share.itemsize <= STAGED_BYTES:
+            yield loop._replace(stages=stages)
 
 
 def find_pipelined(share: Share, backward: bool) -> Iterator[Choice]:
@@ -170,17 +182,17 @@ def prepare(layer: Layer, device: str) -> Callable[[Choice], list[Tensor]]:
     return run
 
 
-def compile_part(part: int, parts: int) -> None:
+def compile_part(part: int, parts: int, only: Sequence[str]) -> None:
     """Compile what that process is to."""
     with nothing_launched():
-        jobs = [(layer, choice) for layer in layers() for choice in candidates(layer)]
+        jobs = [(layer, choice) for layer in layers(only) for choice in candidates(layer)]
         for layer, choice in jobs[part::parts]:
             prepare(layer, "cpu")(choice)
 
 
-def sweep() -> Iterator[dict[str, Any]]:
+def sweep(only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Time all candidates, each layer's fastest first."""
-    for layer in layers():
+    for layer in layers(only):
         run, found = prepare(layer, gpu_bench.DEVICE), []
         choices = candidates(layer)
         expected = run(choices[0])
@@ -201,13 +213,13 @@ def sweep() -> Iterator[dict[str, Any]]:
             yield {"layer": layer._asdict(), "choice": choice._asdict(), "ms": ms}
 
 
-def compile_all() -> None:
+def compile_all(only: Sequence[str]) -> None:
     """Compile all candidates, on all cores."""
     cores = os.cpu_count() or 1
     command = [sys.executable, __file__, "compile"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     parts = [
-        subprocess.Popen([*command, str(part), str(cores)], env=environment)
+        subprocess.Popen([*command, str(part), str(cores), *only], env=environment)
         for part in range(cores)
     ]
     failed = [part.wait() for part in parts]  # of each, before the first that failed ends this
@@ -215,12 +227,12 @@ def compile_all() -> None:
         sys.exit("Error: expected every candidate to compile, but some did not, see above.")
 
 
-def main(path: str) -> None:
-    compile_all()
+def main(path: str, only: Sequence[str] = ()) -> None:
+    compile_all(only)
     gpu_bench.REPEATS = 11
     results: list[dict[str, Any]] = []
     try:
-        results.extend(sweep())
+        results.extend(sweep(only))
     finally:
         kept = {"machine": gpu_bench.machine(), "candidates": results}
         Path(path).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -228,10 +240,12 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compile"]:  # one process of compile_all
-        compile_part(*map(int, sys.argv[2:]))
+        compile_part(*map(int, sys.argv[2:4]), sys.argv[4:])
         sys.exit()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", metavar="RESULTS.json")
+    words = sorted({*itertools.chain(*FORMATS), *PASSES})
+    parser.add_argument("--only", nargs="+", choices=words, default=())
     main(**vars(parser.parse_args()))

@@ -33,6 +33,8 @@ BARS = [
     *(Bar("bf16", layout, "relu forward", 0.5, 1.3) for layout in ("contiguous", "channels_last")),
 ]
 STEP_BAR = 1.0
+# Columns, in milliseconds.
+TIMES = "ms", "staged_ms", "pipelined_ms", "ticketed_ms", "unaided_ms", "off_ms", "plain_ms"
 # Written by gpu_predict.py, before anything was measured.
 PREDICTIONS = Path(__file__).with_name("gpu_predictions.csv")
 
@@ -48,7 +50,7 @@ def predictions() -> dict[tuple[str, ...], float]:
 
 def summarize(rows: list[Row]) -> list[Row]:
     """Sum the layers of each bar, in the order of the bars."""
-    names = "ms", "pipelined_ms", "ticketed_ms", "unaided_ms", "off_ms", "plain_ms", "floor_ms"
+    names = *TIMES, "floor_ms"
     summary = []
     for bar in BARS:
         layers = [row for row in rows if (row["dtype"], row["layout"], row["pass"]) == bar[:3]]
@@ -68,21 +70,15 @@ def verdict(value: float, bar: float) -> str:
 
 def render(summary: list[Row], steps: Row, title: str) -> str:
     """Draw the table; a ratio that is over its bar says MISSED."""
-    lines = [
-        title,
-        f"{'':34}{'ms':>8}{'pipelined':>10}{'ticketed':>9}{'unaided':>8}{'off':>8}{'plain':>8}  "
-        f"{'/ plain':22}"
-        f"{'/ floor':22}predicted",
-    ]
+    heads = "".join(f"{name.removesuffix('_ms'):>10}" for name in TIMES)
+    lines = [title, f"{'':34}{heads}  {'/ plain':22}{'/ floor':22}predicted"]
     for bar, row in zip(BARS, summary, strict=True):
         ratios = row["ms"] / row["plain_ms"], row["ms"] / row["floor_ms"]
         verdicts = verdict(ratios[0], bar.plain), verdict(ratios[1], bar.floor)
-        times = f"{row['ms']:8.2f}{row['pipelined_ms']:10.2f}{row['ticketed_ms']:9.2f}"
-        times += f"{row['unaided_ms']:8.2f}"
-        times += f"{row['off_ms']:8.2f}{row['plain_ms']:8.2f}"
+        times = "".join(f"{row[name]:10.2f}" for name in TIMES)
         lines.append(f"{bar.name:34}{times}  {verdicts[0]}  {verdicts[1]}{row['predicted']:11.2f}")
     ours, plain = steps["converted_ms"], steps["plain_ms"]
-    times = f"{ours:8.1f}{'':35}{plain:8.1f}"
+    times = f"{ours:10.1f}{'':{10 * (len(TIMES) - 2)}}{plain:10.1f}"
     name = "ResNet-50 step, bf16 channels_last"
     lines.append(f"{name:34}{times}  {verdict(ours / plain, STEP_BAR)}".rstrip())
     return "\n".join(lines)

@@ -57,7 +57,7 @@ CASES = [
 # Some of those in which rows are divided by S, which may be a constant or not.
 DIVIDED = [CASES[place] for place in (1, 3, 5, 8, 12, 16)]
 Tensors = dict[str, Any]
-KINDS = ("resident", "planes", "cooperative", "pipelined", "loop", "split", "ticketed")
+KINDS = ("resident", "planes", "cooperative", "pipelined", "loop", "staged", "split", "ticketed")
 
 
 def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
@@ -218,7 +218,7 @@ def check_tiny(
 def force(kind: str) -> Callable[..., Choice]:
     """A rule that always takes one kernel, with tiles so small that every loop turns.
 
-    What a pipelined one cannot take is split.
+    What a pipelined one cannot take is split; staged is a loop that asks for tiles ahead.
     """
 
     def choose(
@@ -244,8 +244,8 @@ def force(kind: str) -> Callable[..., Choice]:
         if kind in ("resident", "planes"):
             return Choice("resident", rows, width, 1)
         rows = max(rows // 4, 8)
-        if kind == "loop":
-            return Choice(kind, rows, width, 1)
+        if kind in ("loop", "staged"):
+            return Choice("loop", rows, width, 1, stages=3 if kind == "staged" else 1)
         if kind == "cooperative":  # pieces that do not fill their tile
             size = rows - 1 if channels_last else rows
             return Choice(kind, rows, width, 1, -(-values // size), size)

@@ -55,6 +55,7 @@ def through_bfloat16(x: torch.Tensor) -> torch.Tensor:
 
 
 NARROW = "%rd9, %rd9, 32;\ncvt.u32.u64 %r9, %rd9;"
+EXTRACTED = "%rd9, %rd9, 9, 40;\ncvt.u32.u64 %r9, %rd9;"
 PAIR = "cvt.rn.bf16x2.f32 %r7, %r8, 0f3F800000;\nmov.b32 {%rs1, %rs2}, %r7;\n"
 COMPUTED = [
     ("add.s32 %r9, %r8, 7;", lambda x: x + 7),
@@ -83,6 +84,7 @@ COMPUTED = [
     ("prmt.b32 %r9, %r8, 7, 0xBBB4;", lambda x: torch.where(x < 0, 7 - 256, 7).int()),
     ("shfl.sync.bfly.b32 %r9, %r8, 5, 31, -1;", lambda x: x[torch.arange(64) ^ 5]),
     (f"cvt.s64.s32 %rd9, %r8;\nshr.s64 {NARROW}", lambda x: x >> 31),
+    (f"cvt.s64.s32 %rd9, %r8;\nbfe.s64 {EXTRACTED}", lambda x: x >> 9),
     (f"mul.wide.s32 %rd9, %r8, %r8;\nshr.u64 {NARROW}", lambda x: (x.long() ** 2 >> 32).int()),
 ]  # fmt: skip
 
@@ -177,6 +179,13 @@ def test_matrices_are_exchanged_as_the_manual_says() -> None:
 
 SHARED = "mad.lo.s32 %r5, %r1, 4, 1024;\nst.shared.b32 [%r5], %r1;\n"
 OTHER = "xor.b32 %r6, %r5, 128;\nld.shared.b32 %r7, [%r6];\nst.global.b32 [%rd4], %r7;\n"
+# A thread's number reaches shared memory while it goes on.
+ASYNC = """
+    mad.lo.s32 %r5, %r1, 4, 1024;
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x4;
+    cp.async.commit_group;
+"""
+WAIT = "cp.async.wait_group 0;\n"
 SPIN = """
 $again:
     @%p1 ld.global.gpu.acquire.b32 %r7, [%rd2];
@@ -207,6 +216,12 @@ READ = "ld.global.b32 %r7, [%rd3];\n"
         ("st.global.b32 [%rd2], %r1;", "two writes of one instruction race"),
         ("xor.b32 %r5, %r1, 1;\nsetp.eq.b32 %p5, %r5, 0;\n@%p5 bra $end;\n$end:", "branch"),
         ("frobnicate.b32 %r5, %r1;", "frobnicate"),
+        (ASYNC + WAIT + "bar.sync 0;\n" + OTHER, None),
+        (ASYNC + WAIT + OTHER, "a read of shared memory races"),
+        (ASYNC + OTHER + WAIT, "a read of shared memory races"),
+        (ASYNC + "bar.sync 0;\n" + WAIT + OTHER, "a read of shared memory races"),
+        (ASYNC + "bar.sync 0;\n" + OTHER + WAIT, "races with a read"),
+        (SHARED + "bar.sync 0;\n" + OTHER + ASYNC + WAIT, "races with a read"),
     ],
 )
 def test_a_mistake_in_a_program_is_an_error(body: str, error: str | None) -> None:
@@ -220,6 +235,34 @@ def test_a_mistake_in_a_program_is_an_error(body: str, error: str | None) -> Non
         (RuntimeError, IndexError, AssertionError, NotImplementedError), match=error
     ):
         run(body, x, y)
+
+
+def test_a_warp_may_write_again_without_a_barrier() -> None:
+    x, y = numbers(1024), torch.zeros(1024, dtype=torch.int32)
+    read = "ld.shared.b32 %r7, [%r5];\nst.global.b32 [%rd4], %r7;\n"
+    run(SHARED + SHARED + read, x, y, threads=1024)
+    assert y.tolist() == x.tolist()
+
+
+def test_a_copy_is_there_when_its_group_is_waited_for_and_not_before() -> None:
+    x, y = numbers() + 7, torch.zeros(64, dtype=torch.int32)
+    body = """
+    setp.lt.s32 %p5, %r1, 40;
+    selp.b32 %r6, 4, 0, %p5;
+    mad.lo.s32 %r5, %r1, 4, 1024;
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x4, %r6;
+    cp.async.commit_group;
+    cp.async.ca.shared.global [ %r5 + 256 ], [ %rd3 + 0 ], 0x4, %r6;
+    cp.async.commit_group;
+    cp.async.wait_group 1;
+    ld.shared.b32 %r7, [%r5 + {}];
+    st.global.b32 [%rd4], %r7;
+    """
+    expected = [*range(7, 47), *[0] * 24]
+    run(body.format(0), x, y)
+    assert y.tolist() == expected
+    run(body.format(256), x, y)
+    assert not set(y.tolist()) & set(expected)
 
 
 @pytest.mark.parametrize(

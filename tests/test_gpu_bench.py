@@ -196,6 +196,14 @@ def test_kernels_that_wait_are_timed_beside_others_and_put_back(
         assert len({row["ms"], row["ticketed_ms"], row["unaided_ms"]}) == 3
 
 
+def test_staged_loops_are_timed_beside_others(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "RANKS", 128)
+    x = torch.randn(128, 2, 182, 182)
+    rows = {row["pass"]: row for row in bench.time_layer(x, set(), 1.0)}
+    assert rows["backward"]["staged_kernel"] == rows["backward"]["kernel"] == "loop"
+    assert rows["backward"]["staged_ms"] != rows["backward"]["ms"]
+
+
 STUB = """#!/bin/sh
 case "$*" in
     *sanitized*) echo "sanitized, caching $PYTORCH_NO_CUDA_MEMORY_CACHING"; exit 0;;
@@ -243,17 +251,17 @@ def test_table_says_of_each_bar_whether_it_is_met() -> None:
     rows = [
         {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
         | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5}
-        | {"pipelined_ms": 0.5}
+        | {"staged_ms": 0.75, "pipelined_ms": 0.5}
         | {"off_ms": 2.5, "floor_ms": 0.75, "predicted": 1.1}
         for bar in table.BARS
         for count in (50, 3)
     ]
     text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
     lines = text.splitlines()
-    times = "   53.00     26.50    66.25   79.50  132.50  106.00"
+    times = "     53.00     39.75     26.50     66.25     79.50    132.50    106.00"
     first = f"{times}    0.50 <= 0.60 met       1.33 <= 1.25 MISSED       1.10"
     assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
-    last = f"    11.0{'':35}    10.0    1.10 <= 1.00 MISSED"
+    last = f"      11.0{'':50}      10.0    1.10 <= 1.00 MISSED"
     assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"
 
 

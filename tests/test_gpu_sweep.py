@@ -32,7 +32,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep: Any) -> None:
-    kinds = {False: set(), True: set()}
+    kinds, staged = {False: set(), True: set()}, False
     for layer in sweep.layers():
         share, choices = layer.share(), sweep.candidates(layer)
         assert choices[0] == share.choose(layer.backward)
@@ -41,6 +41,8 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
             kinds[share.last].add(choice.kind)
             covered = {"resident": choice.rows, "planes": choice.rows * share.positions}
             values = covered.get(choice.kind, choice.splits * choice.size or share.values)
+            staged |= choice.stages > 1
+            assert choice.stages == 1 or (layer.backward and choice.kind == "loop")
             assert values >= share.values
             assert choice.rows & (choice.rows - 1) == 0
             if choice.kind == "cooperative":
@@ -49,8 +51,17 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
                 assert choice.groups * choice.splits * choice.warps <= 128 * max(choice.warps, 8)
                 merged = 2 * choice.channels * sweep.power_of_two(choice.splits)
                 assert merged <= 64 * 32 * choice.warps  # what a thread holds beside its tiles
+    assert staged
     assert kinds[False] == {"resident", "planes", "loop", "cooperative"}
     assert kinds[True] == {"loop", "pipelined", "split", "ticketed"}
+
+
+def test_layers_can_be_left_out(sweep: Any) -> None:
+    layers = list(sweep.layers(["backward", "contiguous"]))
+    assert {layer[:2] for layer in layers} == {("contiguous", "bf16"), ("contiguous", "fp32")}
+    assert all(layer.backward for layer in layers)
+    assert len(layers) == len(list(sweep.layers())) / 3
+    assert not list(sweep.layers(["channels_last", "fp32"]))
 
 
 def pretend(sweep: Any, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
@@ -61,9 +72,9 @@ def pretend(sweep: Any, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     def prepare(layer: Any, device: str) -> Callable[[Choice], list[Tensor]]:
         return lambda choice: [torch.ones(3) + (wrong if choice == bad else 0.0)]
 
-    monkeypatch.setattr(sweep, "layers", lambda: layers)
+    monkeypatch.setattr(sweep, "layers", lambda only=(): layers)
     monkeypatch.setattr(sweep, "prepare", prepare)
-    monkeypatch.setattr(sweep, "compile_all", lambda: None)
+    monkeypatch.setattr(sweep, "compile_all", lambda only: None)
     times = iter(range(1000, 0, -1))
     monkeypatch.setattr(sweep.gpu_bench, "median_ms", lambda function: float(next(times)))
 

@@ -141,6 +141,28 @@ def test_pipelined_kernels_hold_two_slabs_without_spills(
             assert not early, f"{name}, {key} waits for the next slab"
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_staged_loops_fit_every_device_without_spills(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "ENABLED", rule.ENABLED | {"staged"})
+    found = {}
+    epilogues, layouts = ("none", "relu", "add+relu"), (False, True)
+    cases = itertools.product(LAYERS, (2, 4), epilogues, layouts)
+    for layer, itemsize, epilogue, last in cases:
+        described = share(*layer, itemsize, last)
+        if described.choose(True, epilogue == "add+relu").stages > 1:
+            found |= configurations(described, True, epilogue)
+    assert len(found) == 15
+    for (name, itemsize, key), (kernel, constants, given) in found.items():
+        resources = compile_kernel(kernel, itemsize, constants, capability, **given)
+        what = f"{name}, {itemsize} bytes, {key}"
+        assert resources.stack == 0, f"{what} spills {resources.stack} bytes"
+        assert 0 < resources.shared <= 99 * 1024, what
+        assert capability == 80 or resources.machine_code.count("LDGSTS") >= 8, what
+
+
 def early_waits(machine_code: str) -> list[str]:
     """What waits for the next slab before most of this one is written.
 
@@ -241,9 +263,11 @@ def test_every_variant_of_every_kernel_compiles(variant: str, last: bool) -> Non
             if last:
                 continue
             cut = Choice(kind, 2, 2, 16)
+        if kind == "staged":
+            cut = cut._replace(kind="loop", stages=3)
         constants = described.constants(cut, relu=True)
         for backward in (False, True):
-            for kernel in kernels_of(kind, backward):
+            for kernel in kernels_of(cut.kind, backward):
                 compile_kernel(kernel, 2, constants, 90, **types)
     merging = described.merging(Choice("split", 256, 8, 1, 128, 256))
     for kernel in (merge_moments, merge_gradients):

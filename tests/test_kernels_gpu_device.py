@@ -132,9 +132,11 @@ def test_results_agree_with_the_definition(
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-@pytest.mark.parametrize("enabled", [[], *([kind] for kind in sorted(rule.WAITING))], ids=str)
+@pytest.mark.parametrize(
+    "enabled", [[], *([kind] for kind in sorted(rule.WAITING)), ["staged"]], ids=str
+)
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES[2:5], ids=str)
-def test_results_agree_whichever_kernels_that_wait_are_left_out(
+def test_results_agree_whichever_kernels_are_left_out(
     shape: tuple[int, ...],
     ranks: int,
     enabled: list[str],

@@ -88,6 +88,38 @@ def test_kernels_that_wait_can_be_left_out(
     assert choose(64, 12544).kind == first
 
 
+@pytest.mark.parametrize(
+    ("layer", "last", "itemsize", "residual", "staged"),
+    [
+        ((64, 3136), False, 2, False, (8192, 4)),
+        ((64, 3136), False, 2, True, (8192, 3)),
+        ((512, 784), False, 2, False, (4096, 4)),
+        ((512, 784), False, 2, True, (4096, 4)),
+        ((512, 784), False, 4, False, (8192, 2)),
+        ((512, 784), False, 4, True, (8192, 2)),
+        ((2048, 49), True, 2, False, (64, 4)),
+        ((2048, 49), True, 4, True, (128, 4)),
+    ],
+    ids=str,
+)
+def test_staged_loops_have_as_many_tiles_as_fit(
+    layer: tuple[int, int],
+    last: bool,
+    itemsize: int,
+    residual: bool,
+    staged: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"channels_last": last, "itemsize": itemsize, "vector": 16 // itemsize}
+    changes |= {"residual": residual}
+    assert choose(*layer, backward=True, **changes).stages == 1
+    forward = choose(*layer, **changes)
+    monkeypatch.setattr(rule, "ENABLED", rule.ENABLED | {"staged"})
+    choice = choose(*layer, backward=True, **changes)
+    assert (choice.kind, choice.rows, choice.stages) == ("loop", *staged)
+    assert choose(*layer, **changes) == forward
+
+
 def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
     for multiprocessors, most in ((4, 0), (8, 2), (14, 2), (72, 13), (108, 25), (132, 25)):
         pieces = [0]

@@ -55,9 +55,10 @@ def _flushed_quotient(a: Array, b: Array) -> Array:
 def _extract(a: Array, start: Array, length: Array) -> Array:
     """Bits from ``start`` on; of a signed number, the last one is its sign."""
     assert (length > 0).all()
-    assert (start + length <= 32).all()
-    left = (np.uint32(32) - start - length).astype(a.dtype)
-    return (a << left) >> (np.uint32(32) - length).astype(a.dtype)
+    bits = np.uint32(8 * a.dtype.itemsize)
+    assert (start + length <= bits).all()
+    left = (bits - start - length).astype(a.dtype)
+    return (a << left) >> (bits - length).astype(a.dtype)
 
 
 def _add_halves(a: Array, b: Array) -> Array:
@@ -190,7 +191,7 @@ def _function(kind: str, how: list[str], dtype: str) -> tuple[Any, list[str], st
         return lambda a, b: (a.astype(to) * b.astype(to)) >> high, [dtype] * 2, dtype
     if kind == "prmt":
         return _permute, ["u32"] * 3, "u32"
-    if kind == "bfe" and dtype in ("u32", "s32"):
+    if kind == "bfe":
         return _extract, [dtype, "u32", "u32"], dtype
     raise NotImplementedError(f"{kind}.{'.'.join([*how, dtype])}")
 

@@ -153,6 +153,28 @@ def _atomic(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
     return add
 
 
+def _copy(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
+    """``cp.async``: to shared memory while the program goes on; zeros from a source of no bytes."""
+    if modifiers == ["async", "commit_group"]:
+        return lambda state: state.copies.commit()
+    if modifiers == ["async", "wait_group"]:
+        return lambda state: state.copies.wait(int(operands[0], 0))
+    assert modifiers[::2] == ["async", "shared"], modifiers
+    target, source = map(_address, operands[:2])
+    size = int(operands[2], 0)
+    given = reader(operands[3], "u32") if len(operands) > 3 else lambda state: np.uint32(size)
+
+    def begin(state: Any) -> None:
+        mask, nbytes = active(state), np.broadcast_to(given(state), state.threads)
+        assert np.isin(nbytes[mask], (0, size)).all(), "expected a source of all bytes or none"
+        read, memory = mask & (nbytes > 0), state.memory["global"]
+        values = memory.load(state.warps, source(state), read, 4, size // 4, False)
+        values[~read] = 0
+        state.copies.begin(state.warps, target(state), mask, values)
+
+    return begin
+
+
 def _matrix(modifiers: list[str], operands: list[Any], active: Reader, loads: bool) -> Step:
     """``ldmatrix`` and ``stmatrix``: rows of 8 halves that a warp exchanges with shared memory.
 
@@ -190,6 +212,7 @@ _MEMORY: dict[str, Callable[..., Step]] = {
     "st": _store,
     "atom": _atomic,
     "red": _atomic,
+    "cp": _copy,
     "ldmatrix": lambda *given: _matrix(*given, loads=True),
     "stmatrix": lambda *given: _matrix(*given, loads=False),
 }

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .instructions import compile_program
-from .memory import SHARED_BASE, GlobalMemory, Order, SharedMemory
+from .memory import SHARED_BASE, AsyncCopies, GlobalMemory, Order, SharedMemory
 from .text import Program
 
 __all__ = ["Launch"]
@@ -75,6 +75,7 @@ class State:
         self.code, self.threads, self.parameters = launch.code, launch.threads, launch.parameters
         self.order, self.shared = launch.order, SharedMemory()
         self.memory = {"global": launch.memory, "shared": self.shared}
+        self.copies = AsyncCopies(self.shared)
         self.symbols = {"global_smem": SHARED_BASE}
         self.registers = Registers(self.threads)
         thread = np.arange(self.threads)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SHARED_BASE", "GlobalMemory", "Order", "SharedMemory"]
+__all__ = ["SHARED_BASE", "AsyncCopies", "GlobalMemory", "Order", "SharedMemory"]
 
 Array = Any
 SHARED_BASE = 1024
@@ -167,7 +167,7 @@ class SharedMemory:
         self.bytes = np.frombuffer(bytearray(random.randbytes(_SHARED_BYTES)), np.uint8)
         self.epoch = 0
         # The epoch of the last write and its warp; of the last reads and their warps' bits.
-        self.written = np.full((2, _SHARED_BYTES), -1, np.int32)
+        self.written = np.full((2, _SHARED_BYTES), -1, np.int64)
         self.seen = np.full((2, _SHARED_BYTES), -1, np.int64)
 
     def load(
@@ -217,3 +217,31 @@ class SharedMemory:
         epoch, writer = self.written[:, cells]
         if ((epoch == self.epoch) & (writer != bits)).any():
             raise RuntimeError(what)
+
+
+class AsyncCopies:
+    """What a program has asked to be copied to its shared memory, in groups.
+
+    Its threads may use a copy once they have waited for its group. Until then garbage is in its
+    place, where others may neither read nor write.
+    """
+
+    def __init__(self, shared: SharedMemory) -> None:
+        self.shared = shared
+        self.begun: list[tuple[Array, ...]] = []
+        self.groups: list[list[tuple[Array, ...]]] = []
+
+    def begin(self, warps: Array, addresses: Array, mask: Array, values: Array) -> None:
+        garbage = np.frombuffer(random.randbytes(values.nbytes), values.dtype)
+        self.shared.store(warps, addresses, mask, garbage.reshape(values.shape), False)
+        self.begun.append((warps, addresses, mask, values))
+
+    def commit(self) -> None:
+        self.groups.append(self.begun)
+        self.begun = []
+
+    def wait(self, most: int) -> None:
+        """Until at most so many groups, the last ones, are on their way."""
+        while len(self.groups) > most:
+            for copy in self.groups.pop(0):
+                self.shared.store(*copy, False)

@@ -149,6 +149,7 @@ class Share(NamedTuple):
             relu=relu,
             dense=size >= 64 * choice.warps * lanes,
             columns=columns,
+            stages=choice.stages,
         )
         constants = {"TILE": tile, "num_warps": choice.warps, "enable_fp_fusion": True}
         if choice.kind in WAITING:

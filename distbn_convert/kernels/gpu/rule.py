@@ -10,7 +10,9 @@ launch whose programs wait for others: once, held in the registers of several (`
 or, with the next one on its way, of all that run at once (``"pipelined"``), or gathered and applied
 some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says which of the latter three may be
 chosen: pipelined ones not until a device has shown them right, and faster than what they would
-replace, 1.3 of the floor as against 1.7. ``scripts/gpu_bench.py`` times all.
+replace, 1.3 of the floor as against 1.7. For that, too, waits ``"staged"``: loops of the backward
+that ask for tiles ahead, 1.2 as against 1.4, or 1.5 as against 2 in channels_last.
+``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 __all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "power_of_two", "select_kernel"]
 
-# Kinds whose programs wait for others, and those of them that may be chosen.
+# Kinds whose programs wait for others, and those of them that may be chosen; also "staged".
 WAITING = frozenset({"cooperative", "pipelined", "ticketed"})
 ENABLED = frozenset({"cooperative", "ticketed"})
 # Of the GPU that the limits are for.
@@ -47,6 +49,9 @@ _LOOP_BYTES = {2: 420_000, 4: 300_000}
 _LOOP_ROWS = 2048
 # Values of a share up to which two loops fit on a multiprocessor.
 _SMALL_LOOP = 2**15
+# The most tiles of a staged loop, and bytes of them on their way: shared memory that every device
+# since sm_80 gives to a program.
+_STAGES, _STAGED_BYTES = 4, 96 * 1024
 # Between the two visits of a ticketed kernel: L2 also holds what is written.
 _L2_BYTES = 14_000_000
 # How many programs a launch that cuts shares aims at.
@@ -84,6 +89,8 @@ class Choice(NamedTuple):
         groups: of programs that share the slabs of a ``"pipelined"`` kernel, else 0.
         registers: the most of a thread, so that enough programs fit on a multiprocessor; 0 for no
             limit.
+        stages: tiles of a loop of the backward that are used or on their way, the latter in shared
+            memory; 1 where each is asked for when it is used.
     """
 
     kind: str
@@ -95,6 +102,7 @@ class Choice(NamedTuple):
     depth: int = 0
     groups: int = 0
     registers: int = 0
+    stages: int = 1
 
 
 def select_kernel(
@@ -141,7 +149,7 @@ def select_kernel(
     return (
         (_planes(samples, values // samples, backward, channels, itemsize) if vector == 1 else None)
         or _resident(values, held, itemsize, vector, backward or residual)
-        or _loop(values, share, itemsize, backward and residual, channels, vt_world_size)
+        or _loop(values, share, itemsize, backward, residual, channels, vt_world_size)
         or _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
         or _ticketed(1, values, itemsize, tensors, channels, vt_world_size)
         or _split(1, 1, values, itemsize, channels, vt_world_size)
@@ -192,18 +200,24 @@ def _resident_lanes(widths: list[int], values: int) -> Choice | None:
 
 
 def _loop(
-    values: int, share: int, itemsize: int, four: bool, channels: int, vt_world_size: int
+    values: int,
+    share: int,
+    itemsize: int,
+    backward: bool,
+    residual: bool,
+    channels: int,
+    vt_world_size: int,
 ) -> Choice | None:
-    """Choose a program for each share if those fill the device and stay in L2, or none.
-
-    ``four`` is whether it moves four tensors at once.
-    """
+    """Choose a program for each share if those fill the device and stay in L2, or none."""
     if channels * vt_world_size < _ENOUGH_PROGRAMS or share > _LOOP_BYTES[itemsize]:
         return None
+    each, warps = 8, _MANY_WARPS
     if itemsize == 2 and values <= _SMALL_LOOP:
-        return Choice("loop", _tile(_MAX_WARPS, 1, 8), 1, _MAX_WARPS)
-    each = 16 if itemsize == 2 and not four else 8
-    return Choice("loop", _tile(_MANY_WARPS, 1, each), 1, _MANY_WARPS)
+        warps = _MAX_WARPS
+    elif itemsize == 2 and not (backward and (residual or "staged" in ENABLED)):
+        each = 16
+    rows = _tile(warps, 1, each)
+    return Choice("loop", rows, 1, warps, stages=_stages(rows * itemsize, backward, residual))
 
 
 def _loop_lanes(
@@ -222,9 +236,18 @@ def _loop_lanes(
     if values > _LOOP_ROWS or -(-channels // width) * vt_world_size < _ENOUGH_PROGRAMS // 2:
         return None
     each = 16 if itemsize == 2 and not backward else 8
-    if itemsize == 4 and backward and residual:
+    if backward and ("staged" in ENABLED or (itemsize == 4 and residual)):
         each = 4
-    return Choice("loop", _tile(_MAX_WARPS, width, each), width, _MAX_WARPS)
+    rows = _tile(_MAX_WARPS, width, each)
+    stages = _stages(rows * width * itemsize, backward, residual)
+    return Choice("loop", rows, width, _MAX_WARPS, stages=stages)
+
+
+def _stages(nbytes: int, backward: bool, residual: bool) -> int:
+    """Return how many tiles, of so many bytes of each tensor, a loop has in use or on their way."""
+    if not backward or "staged" not in ENABLED:
+        return 1
+    return min(_STAGES, 1 + _STAGED_BYTES // ((3 if residual else 2) * nbytes))
 
 
 def _cooperative(

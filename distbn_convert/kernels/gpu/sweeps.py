@@ -62,7 +62,7 @@ def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
         grad_residual += block.start
     sum_dy = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
     sum_dy_x = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
-    for row in range(begin, stop, TILE.ROWS):
+    for row in tl.range(begin, stop, TILE.ROWS, num_stages=TILE.STAGES):
         offsets, mask = place(row, stop, block, TILE)
         value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
         grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy=keep)
@@ -123,7 +123,7 @@ def differentiate_rows(
     dy += block.start
     dx += block.start
     tiles = tl.cdiv(stop - begin, TILE.ROWS)
-    for tile in range(tiles):
+    for tile in tl.range(tiles, num_stages=TILE.STAGES):
         offsets, mask = place(begin + (tiles - 1 - tile) * TILE.ROWS, stop, block, TILE)
         value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy="evict_first")

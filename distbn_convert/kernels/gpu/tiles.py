@@ -70,6 +70,8 @@ class Tile:
         DENSE: each thread has two rows or more of a tile.
         COLUMNS: positions of all the channels of a tile whose rows are samples, a power of two;
             0 for other tiles.
+        STAGES: tiles of a loop of the backward that are used or on their way, the latter in shared
+            memory; 1 where each is asked for when it is used.
     """
 
     ROWS: Any
@@ -82,6 +84,7 @@ class Tile:
     RELU: Any
     DENSE: Any
     COLUMNS: Any
+    STAGES: Any
 
 
 @cache
@@ -96,11 +99,12 @@ def make_tile(
     relu: bool,
     dense: bool,
     columns: int = 0,
+    stages: int = 1,
 ) -> Tile:
     """Return the one tile with these members."""
     # Each a constexpr of its own: Triton 3.6 takes no attribute of a constant for one.
-    members = rows, channels, vector, divisor, last, interleaved, wide, relu, dense, columns
-    return Tile(*map(tl.constexpr, members))
+    sizes = rows, channels, vector, divisor
+    return Tile(*map(tl.constexpr, (*sizes, last, interleaved, wide, relu, dense, columns, stages)))
 
 
 class Statistics(NamedTuple):
