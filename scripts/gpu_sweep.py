@@ -114,7 +114,7 @@ def staged(loop: Choice, share: Share, backward: bool) -> Iterator[Choice]:
     """A loop, and in the backward with up to three tiles on their way."""
     yield loop
     for stages in (2, 3, 4) if backward else ():
-        tiles = 2 * (stages - 1)  # of both tensors
+        tiles = 2 * (stages - 1) if stages > 2 else 0  # of both tensors, in shared memory
         if tiles * loop.rows * loop.channels * share.itemsize <= STAGED_BYTES:
             yield loop._replace(stages=stages)
 

@@ -218,7 +218,8 @@ def check_tiny(
 def force(kind: str) -> Callable[..., Choice]:
     """A rule that always takes one kernel, with tiles so small that every loop turns.
 
-    What a pipelined one cannot take is split; staged is a loop that asks for tiles ahead.
+    What a pipelined one cannot take is split; staged is a loop that asks for tiles ahead, those of
+    32 bits into shared memory.
     """
 
     def choose(
@@ -245,7 +246,8 @@ def force(kind: str) -> Callable[..., Choice]:
             return Choice("resident", rows, width, 1)
         rows = max(rows // 4, 8)
         if kind in ("loop", "staged"):
-            return Choice("loop", rows, width, 1, stages=3 if kind == "staged" else 1)
+            ahead = 3 if itemsize == 4 else 2
+            return Choice("loop", rows, width, 1, stages=ahead if kind == "staged" else 1)
         if kind == "cooperative":  # pieces that do not fill their tile
             size = rows - 1 if channels_last else rows
             return Choice(kind, rows, width, 1, -(-values // size), size)

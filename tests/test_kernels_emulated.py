@@ -69,9 +69,9 @@ def test_compiled_kernels_agree_with_the_definition(
     check_underflow(last=words)
     check_tiny()
     assert len(launches) >= 2 * len(CASES)
-    if kind == "staged":  # where a thread has 4 adjacent bytes
+    if kind == "staged":  # of 32 bits: a thread must have 4 adjacent bytes
         names = [{each.name for each in one.program.instructions} for one in launches]
-        assert sum("cp.async.commit_group" in each for each in names) > len(CASES) // 2
+        assert sum("cp.async.commit_group" in each for each in names) > len(CASES) // 4
 
 
 @pytest.mark.slow
@@ -109,6 +109,7 @@ HELD, SWEPT, CUT = (2, 3), (3, 5), (1, 2, 2, 3)
     ("channels", "side", "last", "dtype", "epilogue", "kinds", "moved"),
     [
         (64, 56, False, "bf16", "none", "loop loop", SWEPT),
+        (64, 56, False, "bf16", "none", "loop staged", SWEPT),
         (64, 56, False, "bf16", "add+relu", "loop staged", (4, 7)),
         (64, 56, False, "fp32", "none", "cooperative cooperative", HELD),
         (64, 112, False, "bf16", "none", "cooperative cooperative", HELD),

@@ -159,7 +159,7 @@ def _copy(modifiers: list[str], operands: list[Any], active: Reader) -> Step:
         return lambda state: state.copies.commit()
     if modifiers == ["async", "wait_group"]:
         return lambda state: state.copies.wait(int(operands[0], 0))
-    assert modifiers[::2] == ["async", "shared"], modifiers
+    assert modifiers[2:4] == ["shared", "global"], modifiers
     target, source = map(_address, operands[:2])
     size = int(operands[2], 0)
     given = reader(operands[3], "u32") if len(operands) > 3 else lambda state: np.uint32(size)

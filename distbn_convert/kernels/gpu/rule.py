@@ -49,9 +49,6 @@ _LOOP_BYTES = {2: 420_000, 4: 300_000}
 _LOOP_ROWS = 2048
 # Values of a share up to which two loops fit on a multiprocessor.
 _SMALL_LOOP = 2**15
-# The most tiles of a staged loop, and bytes of them on their way: shared memory that every device
-# since sm_80 gives to a program.
-_STAGES, _STAGED_BYTES = 4, 96 * 1024
 # Between the two visits of a ticketed kernel: L2 also holds what is written.
 _L2_BYTES = 14_000_000
 # How many programs a launch that cuts shares aims at.
@@ -89,8 +86,9 @@ class Choice(NamedTuple):
         groups: of programs that share the slabs of a ``"pipelined"`` kernel, else 0.
         registers: the most of a thread, so that enough programs fit on a multiprocessor; 0 for no
             limit.
-        stages: tiles of a loop of the backward that are used or on their way, the latter in shared
-            memory; 1 where each is asked for when it is used.
+        stages: tiles of a loop of the backward that are in use or on their way: 1 where each is
+            asked for when it is used, 2 where the next one is, into registers, more where they are
+            copied to shared memory.
     """
 
     kind: str
@@ -211,13 +209,13 @@ def _loop(
     """Choose a program for each share if those fill the device and stay in L2, or none."""
     if channels * vt_world_size < _ENOUGH_PROGRAMS or share > _LOOP_BYTES[itemsize]:
         return None
+    stages = _stages(itemsize, backward, residual)
     each, warps = 8, _MANY_WARPS
     if itemsize == 2 and values <= _SMALL_LOOP:
         warps = _MAX_WARPS
-    elif itemsize == 2 and not (backward and (residual or "staged" in ENABLED)):
+    elif itemsize == 2 and stages == 1 and not (backward and residual):
         each = 16
-    rows = _tile(warps, 1, each)
-    return Choice("loop", rows, 1, warps, stages=_stages(rows * itemsize, backward, residual))
+    return Choice("loop", _tile(warps, 1, each), 1, warps, stages=stages)
 
 
 def _loop_lanes(
@@ -235,19 +233,17 @@ def _loop_lanes(
     width = wide if slabs >= _ENOUGH_PROGRAMS and not backward else narrow
     if values > _LOOP_ROWS or -(-channels // width) * vt_world_size < _ENOUGH_PROGRAMS // 2:
         return None
+    stages = _stages(itemsize, backward, residual)
     each = 16 if itemsize == 2 and not backward else 8
-    if backward and ("staged" in ENABLED or (itemsize == 4 and residual)):
+    if stages > 1 or (itemsize == 4 and backward and residual):
         each = 4
-    rows = _tile(_MAX_WARPS, width, each)
-    stages = _stages(rows * width * itemsize, backward, residual)
-    return Choice("loop", rows, width, _MAX_WARPS, stages=stages)
+    return Choice("loop", _tile(_MAX_WARPS, width, each), width, _MAX_WARPS, stages=stages)
 
 
-def _stages(nbytes: int, backward: bool, residual: bool) -> int:
-    """Return how many tiles, of so many bytes of each tensor, a loop has in use or on their way."""
-    if not backward or "staged" not in ENABLED:
-        return 1
-    return min(_STAGES, 1 + _STAGED_BYTES // ((3 if residual else 2) * nbytes))
+def _stages(itemsize: int, backward: bool, residual: bool) -> int:
+    """Return how many tiles a loop has in use or on their way."""
+    spills = itemsize == 4 and residual
+    return 2 if backward and "staged" in ENABLED and not spills else 1
 
 
 def _cooperative(

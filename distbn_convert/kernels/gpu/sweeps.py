@@ -47,6 +47,17 @@ def lane_moments(x, begin, stop, block, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_pair(
+    x, dy, row, stop, block, TILE: tl.constexpr, KEEP_X: tl.constexpr, KEEP_DY: tl.constexpr
+):
+    """Return a tile of both; how long L2 should keep each is an eviction policy."""
+    offsets, mask = place(row, stop, block, TILE)
+    value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy=KEEP_X)
+    grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy=KEEP_DY)
+    return value, grad
+
+
+@triton.jit
 def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TILE: tl.constexpr):
     """Return the sums of ``dy`` and ``dy * (x - mean)`` over rows ``begin`` to ``stop``.
 
@@ -62,11 +73,19 @@ def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
         grad_residual += block.start
     sum_dy = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
     sum_dy_x = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
-    for row in tl.range(begin, stop, TILE.ROWS, num_stages=TILE.STAGES):
-        offsets, mask = place(row, stop, block, TILE)
-        value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
-        grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy=keep)
+    if TILE.STAGES == 2:
+        next_value, next_grad = load_pair(x, dy, begin, stop, block, TILE, "evict_last", keep)
+    for row in tl.range(begin, stop, TILE.ROWS, num_stages=TILE.COPIED):
+        if TILE.STAGES == 2:
+            value, grad = next_value, next_grad
+            row_ahead = row + TILE.ROWS
+            next_value, next_grad = load_pair(
+                x, dy, row_ahead, stop, block, TILE, "evict_last", keep
+            )
+        else:
+            value, grad = load_pair(x, dy, row, stop, block, TILE, "evict_last", keep)
         if output is not None:
+            offsets, mask = place(row, stop, block, TILE)
             out = tl.load(output + offsets, mask=mask, other=0.0, eviction_policy=keep)
             grad = rectify(grad, out)
             tl.store(grad_residual + offsets, grad, mask=mask, eviction_policy="evict_last")
@@ -123,10 +142,24 @@ def differentiate_rows(
     dy += block.start
     dx += block.start
     tiles = tl.cdiv(stop - begin, TILE.ROWS)
-    for tile in tl.range(tiles, num_stages=TILE.STAGES):
-        offsets, mask = place(begin + (tiles - 1 - tile) * TILE.ROWS, stop, block, TILE)
-        value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-        grad = tl.load(dy + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    if TILE.STAGES == 2:
+        row = begin + tl.maximum(tiles - 1, 0) * TILE.ROWS
+        next_value, next_grad = load_pair(
+            x, dy, row, stop, block, TILE, "evict_first", "evict_first"
+        )
+    for tile in tl.range(tiles, num_stages=TILE.COPIED):
+        row = begin + (tiles - 1 - tile) * TILE.ROWS
+        if TILE.STAGES == 2:
+            value, grad = next_value, next_grad
+            # There is none before the first.
+            row_ahead = tl.maximum(row - TILE.ROWS, begin)
+            end = tl.where(tile + 1 < tiles, stop, begin)
+            next_value, next_grad = load_pair(
+                x, dy, row_ahead, end, block, TILE, "evict_first", "evict_first"
+            )
+        else:
+            value, grad = load_pair(x, dy, row, stop, block, TILE, "evict_first", "evict_first")
+        offsets, mask = place(row, stop, block, TILE)
         if TILE.RELU:
             grad = rectify(grad, transform(value, affine).to(value.dtype))
         out = differentiate(value, grad, affine, mean_dy, slope)

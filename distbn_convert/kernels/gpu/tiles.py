@@ -70,8 +70,8 @@ class Tile:
         DENSE: each thread has two rows or more of a tile.
         COLUMNS: positions of all the channels of a tile whose rows are samples, a power of two;
             0 for other tiles.
-        STAGES: tiles of a loop of the backward that are used or on their way, the latter in shared
-            memory; 1 where each is asked for when it is used.
+        STAGES: see :class:`.rule.Choice`.
+        COPIED: that number where tiles are copied to shared memory, else 1.
     """
 
     ROWS: Any
@@ -85,6 +85,7 @@ class Tile:
     DENSE: Any
     COLUMNS: Any
     STAGES: Any
+    COPIED: Any
 
 
 @cache
@@ -103,8 +104,8 @@ def make_tile(
 ) -> Tile:
     """Return the one tile with these members."""
     # Each a constexpr of its own: Triton 3.6 takes no attribute of a constant for one.
-    sizes = rows, channels, vector, divisor
-    return Tile(*map(tl.constexpr, (*sizes, last, interleaved, wide, relu, dense, columns, stages)))
+    members = rows, channels, vector, divisor, last, interleaved, wide, relu, dense, columns
+    return Tile(*map(tl.constexpr, (*members, stages, stages if stages > 2 else 1)))
 
 
 class Statistics(NamedTuple):
