@@ -11,8 +11,8 @@ or, with the next one on its way, of all that run at once (``"pipelined"``), or 
 some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says which of the latter three may be
 chosen: pipelined ones not until a device has shown them right, and faster than what they would
 replace, 1.3 of the floor as against 1.7. For that, too, waits ``"staged"``: loops of the backward
-that ask for tiles ahead, 1.2 as against 1.4, or 1.5 as against 2 in channels_last.
-``scripts/gpu_bench.py`` times all.
+that ask for the next tile before they use one, 1.2 to 1.3 as against 1.2 to 1.4, or 1.6 as against
+2 in channels_last. ``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
