@@ -61,7 +61,8 @@ REPEATS = 30
 ENABLED = {
     "ms": rule.ENABLED,
     "staged_ms": rule.ENABLED | {"staged"},
-    "pipelined_ms": rule.WAITING,
+    "swept_ms": rule.ENABLED | {"staged", "swept"},
+    "pipelined_ms": rule.ENABLED | {"pipelined"},
     "ticketed_ms": frozenset({"ticketed"}),
     "unaided_ms": frozenset(),
 }

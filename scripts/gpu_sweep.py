@@ -82,6 +82,11 @@ def find_contiguous(share: Share, backward: bool) -> Iterator[Choice]:
     for warps, tile in tiles((8, 16, 32), (8, 16)):
         if tile < share.values:
             yield from staged(Choice("loop", tile, 1, warps), share, backward)
+            for pieces in (2, 4, 8) if backward and share.values > 8 * tile else ():
+                size = -(-share.values // (pieces * 32)) * 32
+                splits = -(-share.values // size)
+                for stages in (1, 2):
+                    yield Choice("swept", tile, 1, warps, splits, size, stages=stages)
     for warps, tile in tiles((2, 4, 8, 16), (32,) if share.itemsize == 4 else (32, 64)):
         size = -(-share.values // (-(-share.values // tile) * 32)) * 32
         splits = -(-share.values // size)

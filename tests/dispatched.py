@@ -127,15 +127,16 @@ def everything() -> Iterator[Callable[[], None]]:
     )
     for last, (shape, ranks), (dtype, settings) in product((False, True), SHAPES, epilogues):
         yield partial(run_batch, shape, ranks, last, dtype, settings)
-    subsets = [frozenset({"ticketed"}), frozenset[str](), rule.WAITING, _ENABLED | {"staged"}]
-    subsets += [frozenset({"cooperative"}), frozenset({"pipelined"})]
+    subsets = [frozenset({"ticketed"}), frozenset[str](), _ENABLED | {"pipelined"}]
+    subsets += [_ENABLED | {"staged"}, _ENABLED | {"staged", "swept"}]
+    subsets += [frozenset({kind}) for kind in ("cooperative", "pipelined", "staged", "swept")]
     for last, (shape, ranks), enabled in product((False, True), SHAPES[2:5], subsets):
         yield partial(run_batch, shape, ranks, last, torch.bfloat16, enabled=enabled)
     formats = [(False, torch.bfloat16), (False, torch.float32)]
     formats += [(True, torch.bfloat16), (True, torch.float16)]
     for (last, dtype), (channels, side) in product(formats, RESNET50):
         shape = 256, channels, side, side
-        for relu, enabled in product((False, True), [_ENABLED, *subsets[:4]]):
+        for relu, enabled in product((False, True), [_ENABLED, *subsets[:5]]):
             if dtype is torch.bfloat16 or not relu:
                 settings = False, False, relu
                 yield partial(run_batch, shape, 8, last, dtype, settings, enabled)

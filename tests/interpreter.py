@@ -113,7 +113,7 @@ def check_kernel(kind: str) -> None:
     TensorHandle.set_attr = check_hint
     # A slab is cut into five pieces at most, whose programs must run together; or into three, those
     # of two slabs.
-    rooms = {"cooperative": 5, "pipelined": 6}
+    rooms = {"cooperative": 5, "pipelined": 6, "swept": 5}
     with concurrent_programs(rooms[kind]) if kind in rooms else nullcontext():
         check_cases(kind)
     assert _checked_hints.keys() == {"tt.divisibility", "tt.contiguity", "tt.constancy"}
@@ -168,6 +168,7 @@ def check_concurrency() -> None:
     case = Case((13, 3, 5), vt_world_size=3, relu=True, residual=True, momentum=0.0)
     for kind, channels_last, rooms in (
         ("cooperative", False, (4, 5, 30)),
+        ("swept", True, (4, 5, 30)),
         ("ticketed", True, (1, 7)),
     ):
         launch.select_kernel = force(kind)

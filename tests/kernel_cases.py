@@ -57,7 +57,10 @@ CASES = [
 # Some of those in which rows are divided by S, which may be a constant or not.
 DIVIDED = [CASES[place] for place in (1, 3, 5, 8, 12, 16)]
 Tensors = dict[str, Any]
-KINDS = ("resident", "planes", "cooperative", "pipelined", "loop", "staged", "split", "ticketed")
+KINDS = (
+    *("resident", "planes", "cooperative", "pipelined"),
+    *("loop", "staged", "swept", "split", "ticketed"),
+)
 
 
 def make(case: Case, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensors:
@@ -250,6 +253,10 @@ def force(kind: str) -> Callable[..., Choice]:
             return Choice("loop", rows, width, 1, stages=ahead if kind == "staged" else 1)
         if kind == "cooperative":  # pieces that do not fill their tile
             size = rows - 1 if channels_last else rows
+            return Choice(kind, rows, width, 1, -(-values // size), size)
+        if kind == "swept":  # pieces of two tiles that do not fill them
+            rows = max(rows // 2, 4)
+            size = 2 * rows - channels_last
             return Choice(kind, rows, width, 1, -(-values // size), size)
         depth = min(2, -(-channels // width) * vt_world_size) if kind == "ticketed" else 0
         other = "split" if kind == "pipelined" else kind

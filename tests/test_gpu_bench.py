@@ -251,17 +251,17 @@ def test_table_says_of_each_bar_whether_it_is_met() -> None:
     rows = [
         {"dtype": bar.dtype, "layout": bar.layout, "pass": bar.what, "count": count}
         | {"ms": 1.0, "plain_ms": 2.0, "ticketed_ms": 1.25, "unaided_ms": 1.5}
-        | {"staged_ms": 0.75, "pipelined_ms": 0.5}
+        | {"staged_ms": 0.75, "swept_ms": 0.25, "pipelined_ms": 0.5}
         | {"off_ms": 2.5, "floor_ms": 0.75, "predicted": 1.1}
         for bar in table.BARS
         for count in (50, 3)
     ]
     text = table.render(table.summarize(rows), {"converted_ms": 11.0, "plain_ms": 10.0}, "title")
     lines = text.splitlines()
-    times = "     53.00     39.75     26.50     66.25     79.50    132.50    106.00"
+    times = "     53.00     39.75     13.25     26.50     66.25     79.50    132.50    106.00"
     first = f"{times}    0.50 <= 0.60 met       1.33 <= 1.25 MISSED       1.10"
     assert lines[2] == f"{'bf16 contiguous forward':34}{first}"
-    last = f"      11.0{'':50}      10.0    1.10 <= 1.00 MISSED"
+    last = f"      11.0{'':60}      10.0    1.10 <= 1.00 MISSED"
     assert lines[-1] == f"ResNet-50 step, bf16 channels_last{last}"
 
 

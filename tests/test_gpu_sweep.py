@@ -42,7 +42,7 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
             covered = {"resident": choice.rows, "planes": choice.rows * share.positions}
             values = covered.get(choice.kind, choice.splits * choice.size or share.values)
             staged |= choice.stages > 1
-            assert choice.stages == 1 or (layer.backward and choice.kind == "loop")
+            assert choice.stages == 1 or (layer.backward and choice.kind in ("loop", "swept"))
             assert values >= share.values
             assert choice.rows & (choice.rows - 1) == 0
             if choice.kind == "cooperative":
@@ -52,7 +52,7 @@ def test_candidates_are_the_rules_choice_and_others_that_cover_their_share(sweep
                 merged = 2 * choice.channels * sweep.power_of_two(choice.splits)
                 assert merged <= 64 * 32 * choice.warps  # what a thread holds beside its tiles
     assert staged
-    assert kinds[False] == {"resident", "planes", "loop", "cooperative"}
+    assert kinds[False] == {"resident", "planes", "loop", "swept", "cooperative"}
     assert kinds[True] == {"loop", "pipelined", "split", "ticketed"}
 
 

@@ -67,6 +67,8 @@ def test_every_kernel_is_dispatched_as_a_call_on_a_device_would() -> None:
         "split_gradients",
         "split_moments",
         "sum_ranks",
+        "swept_backward",
+        "swept_forward",
         "ticketed_backward",
         "ticketed_forward",
     ]
@@ -143,23 +145,27 @@ def test_pipelined_kernels_hold_two_slabs_without_spills(
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-def test_staged_loops_ask_for_the_next_tile_without_spills(
+def test_staged_and_swept_kernels_compile_without_spills(
     capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rule, "ENABLED", rule.ENABLED | {"staged"})
     found = {}
     epilogues, layouts = ("none", "relu", "add+relu"), (False, True)
-    cases = itertools.product(LAYERS, (2, 4), epilogues, layouts)
-    for layer, itemsize, epilogue, last in cases:
-        described = share(*layer, itemsize, last)
-        if described.choose(True, epilogue == "add+relu").stages > 1:
-            found |= configurations(described, True, epilogue)
-    assert len(found) == 13
+    for enabled in ({"staged"}, {"swept"}, {"staged", "swept"}):
+        monkeypatch.setattr(rule, "ENABLED", rule.ENABLED.union(enabled))
+        cases = itertools.product(LAYERS, (2, 4), epilogues, layouts)
+        for layer, itemsize, epilogue, last in cases:
+            described = share(*layer, itemsize, last)
+            choice = described.choose(True, epilogue == "add+relu")
+            if choice.stages > 1 or choice.kind == "swept":
+                found |= configurations(described, True, epilogue)
+        monkeypatch.undo()
+    assert len(found) == 19
     for (name, itemsize, key), (kernel, constants, given) in found.items():
         resources = compile_kernel(kernel, itemsize, constants, capability, **given)
         what = f"{name}, {itemsize} bytes, {key}"
         assert resources.stack == 0, f"{what} spills {resources.stack} bytes"
-        if capability == 90:  # two tensors of each loop, before it and in it
+        if capability == 90 and constants["TILE"].STAGES.value > 1:
+            # Two tensors of each loop, before it and in it.
             assert len(re.findall(r"LDG\.E\.E[LF]", resources.machine_code)) >= 8, what
 
 
@@ -200,7 +206,7 @@ WAIT = r"(LDG|ATOMG) CCTL.IVALL BAR.SYNC LDG( BAR.SYNC LDG)*"
 def test_programs_that_wait_for_others_acquire_and_release(
     backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distbn_convert.kernels.gpu import cooperative, pipelined, ticketed
+    from distbn_convert.kernels.gpu import cooperative, pipelined, swept, ticketed
 
     kernels = ticketed.ticketed_forward, ticketed.ticketed_backward
     order = order_of_memory(kernels[backward], share(1024, 196, 2, True), backward)
@@ -215,6 +221,9 @@ def test_programs_that_wait_for_others_acquire_and_release(
     kernels = pipelined.pipelined_forward, pipelined.pipelined_backward
     order = order_of_memory(kernels[backward], share(128, 784, 2, True), backward)
     assert re.search(ARRIVAL + WAIT + r".* STG", order), order
+    if backward:
+        order = order_of_memory(swept.swept_backward, share(64, 3136, 2, False), backward)
+        assert re.search(ARRIVAL + r".*" + WAIT + r".* STG", order), order
 
 
 def strip_hints(machine_code: str) -> str:

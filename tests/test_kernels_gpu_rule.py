@@ -72,7 +72,7 @@ def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
     assert choose(*layer, **changes).kind == kind
 
 
-@pytest.mark.parametrize("enabled", [{"ticketed"}, {"cooperative"}, {"pipelined"}, set()], ids=str)
+@pytest.mark.parametrize("enabled", [*({kind} for kind in sorted(rule.WAITING)), set()], ids=str)
 def test_kernels_that_wait_can_be_left_out(
     enabled: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +118,20 @@ def test_staged_loops_ask_for_the_next_tile_if_they_have_registers(
     choice = choose(*layer, backward=True, **changes)
     assert (choice.kind, choice.rows, choice.stages) == ("loop", *staged)
     assert choose(*layer, **changes) == forward
+
+
+def test_loops_that_l2_would_lose_are_swept_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "ENABLED", rule.ENABLED | {"swept"})
+    swept = [
+        (layer, backward)
+        for layer in LAYERS
+        for backward in (False, True)
+        if choose(*layer, backward=backward).kind == "swept"
+    ]
+    assert swept == [((64, 3136), True), ((256, 3136), True), ((128, 3136), True)]
+    choice = choose(64, 3136, backward=True)
+    assert (choice.splits, choice.size, choice.rows) == (4, 25088, 4096)
+    assert choose(64, 3136, backward=True, multiprocessors=15).kind == "loop"
 
 
 def test_programs_that_wait_for_one_are_few_beside_those_that_a_device_holds() -> None:
@@ -211,12 +225,12 @@ def test_every_choice_covers_its_share_with_legal_tiles(
                     assert choice.size <= choice.rows
                     assert choice.rows * choice.channels <= 2**15 // (1 + backward)
                     assert choice.splits * choice.groups <= 128
-                elif choice.kind == "cooperative":
-                    assert choice.size <= choice.rows
+                elif choice.kind in ("cooperative", "swept"):
+                    assert choice.size <= choice.rows or choice.kind == "swept"
                     assert choice.size % 8 == 0  # what a thread may move at once
                 else:
                     assert choice.size % choice.rows == 0
-                cut = choice.kind in ("split", "ticketed", "cooperative", "pipelined")
+                cut = choice.kind in ("split", "swept", "ticketed", "cooperative", "pipelined")
                 assert not cut or (choice.splits - 1) * choice.size < values
                 if choice.kind == "ticketed":
                     assert 2 <= choice.depth <= -(-channels // choice.channels) * ranks

@@ -28,6 +28,7 @@ from .split import (
     split_gradients,
     split_moments,
 )
+from .swept import swept_backward, swept_forward
 from .ticketed import ticketed_backward, ticketed_forward
 from .tiles import Statistics, make_tile
 
@@ -48,6 +49,7 @@ _KERNELS = {
     "cooperative": ((cooperative_forward,), (cooperative_backward,)),
     "pipelined": ((pipelined_forward,), (pipelined_backward,)),
     "loop": ((loop_forward,), (loop_backward,)),
+    "swept": ((swept_forward,), (swept_backward,)),
     "ticketed": ((ticketed_forward,), (ticketed_backward,)),
     "split": ((split_moments, split_forward), (split_gradients, split_backward)),
 }

@@ -7,12 +7,19 @@ that were timed over ResNet-50's layers, of those that spill with neither Triton
 Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
 second time from L2), cut between programs in launches of their own (``"split"``), or read in one
 launch whose programs wait for others: once, held in the registers of several (``"cooperative"``)
-or, with the next one on its way, of all that run at once (``"pipelined"``), or gathered and applied
-some slabs later (``"ticketed"``, then from L2). ``ENABLED`` says which of the latter three may be
-chosen: pipelined ones not until a device has shown them right, and faster than what they would
-replace, 1.3 of the floor as against 1.7. For that, too, waits ``"staged"``: loops of the backward
-that ask for the next tile before they use one, 1.2 to 1.3 as against 1.2 to 1.4, or 1.6 as against
-2 in channels_last. ``scripts/gpu_bench.py`` times all.
+or, with the next one on its way, of all that run at once (``"pipelined"``); or twice, by several
+that each take a piece (``"swept"``), or gathered and applied some slabs later (``"ticketed"``).
+
+``ENABLED`` says which of the latter four may be chosen. What waits until a device has shown it
+right, and faster than what it would replace (predicted, over the floor, for what was measured):
+
+- ``"pipelined"``, 1.3 for 1.7;
+- ``"swept"`` in the backward, for shares of which those of all loops at once are more than L2
+  keeps, 1.25 for 1.33 to 1.44;
+- ``"staged"``, loops of the backward that ask for the next tile before they use one, 1.2 to 1.3 for
+  1.2 to 1.4, or 1.6 for 2 in channels_last.
+
+``scripts/gpu_bench.py`` times all.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from typing import NamedTuple
 __all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "power_of_two", "select_kernel"]
 
 # Kinds whose programs wait for others, and those of them that may be chosen; also "staged".
-WAITING = frozenset({"cooperative", "pipelined", "ticketed"})
+WAITING = frozenset({"cooperative", "pipelined", "swept", "ticketed"})
 ENABLED = frozenset({"cooperative", "ticketed"})
 # Of the GPU that the limits are for.
 MULTIPROCESSORS = 132
@@ -49,6 +56,9 @@ _LOOP_BYTES = {2: 420_000, 4: 300_000}
 _LOOP_ROWS = 2048
 # Values of a share up to which two loops fit on a multiprocessor.
 _SMALL_LOOP = 2**15
+# Bytes of a share above which L2 may lose some between the two sweeps of a loop, and the pieces
+# that it is cut into then.
+_SWEPT_BYTES, _SWEPT_PIECES = 210_000, 4
 # Between the two visits of a ticketed kernel: L2 also holds what is written.
 _L2_BYTES = 14_000_000
 # How many programs a launch that cuts shares aims at.
@@ -75,13 +85,13 @@ class Choice(NamedTuple):
 
     Args:
         kind: ``"resident"``, ``"planes"``, ``"cooperative"``, ``"pipelined"``, ``"loop"``,
-            ``"ticketed"`` or ``"split"``.
+            ``"swept"``, ``"ticketed"`` or ``"split"``.
         rows: values of a channel in one tile, a power of two; of ``"planes"`` samples.
         channels: channels in one tile, a power of two; 1 where channels are not adjacent.
         warps: warps of a program.
         splits: pieces of a share; 1 where it is not cut.
-        size: rows of a piece, 0 where shares are not cut; a multiple of ``rows``, or at most that
-            for ``"cooperative"`` and ``"pipelined"``, whose pieces are one tile.
+        size: rows of a piece, 0 where shares are not cut; at most ``rows`` for ``"cooperative"``
+            and ``"pipelined"``, whose pieces are one tile.
         depth: slabs between the two visits of a ``"ticketed"`` kernel, else 0.
         groups: of programs that share the slabs of a ``"pipelined"`` kernel, else 0.
         registers: the most of a thread, so that enough programs fit on a multiprocessor; 0 for no
@@ -147,7 +157,13 @@ def select_kernel(
     return (
         (_planes(samples, values // samples, backward, channels, itemsize) if vector == 1 else None)
         or _resident(values, held, itemsize, vector, backward or residual)
-        or _loop(values, share, itemsize, backward, residual, channels, vt_world_size)
+        or _swept(
+            _loop(values, share, itemsize, backward, residual, channels, vt_world_size),
+            values,
+            share,
+            backward,
+            multiprocessors,
+        )
         or _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
         or _ticketed(1, values, itemsize, tensors, channels, vt_world_size)
         or _split(1, 1, values, itemsize, channels, vt_world_size)
@@ -238,6 +254,19 @@ def _loop_lanes(
     if stages > 1 or (itemsize == 4 and backward and residual):
         each = 4
     return Choice("loop", _tile(_MAX_WARPS, width, each), width, _MAX_WARPS, stages=stages)
+
+
+def _swept(
+    loop: Choice | None, values: int, share: int, backward: bool, multiprocessors: int
+) -> Choice | None:
+    """Choose pieces of what a loop would take, if L2 may lose it and they can wait; else that."""
+    if loop is None or not backward or share <= _SWEPT_BYTES or "swept" not in ENABLED:
+        return loop
+    if multiprocessors // _WAITING_PART < _SWEPT_PIECES:
+        return loop
+    size = -(-values // (_SWEPT_PIECES * _ALIGNMENT)) * _ALIGNMENT
+    splits, rows = -(-values // size), _tile(_MAX_WARPS, 1, 8)
+    return Choice("swept", rows, 1, _MAX_WARPS, splits, size, stages=loop.stages)
 
 
 def _stages(itemsize: int, backward: bool, residual: bool) -> int:

@@ -1,5 +1,5 @@
-"""How programs of one launch wait for each other, in :mod:`.ticketed`, :mod:`.cooperative`
-and :mod:`.pipelined`.
+"""How programs of one launch wait for each other, in :mod:`.ticketed`, :mod:`.cooperative`,
+:mod:`.swept` and :mod:`.pipelined`.
 
 A *slab*, one rank's share of a block of channels, is cut into ``splits`` pieces. Programs take
 tickets, and a ticket's number says which piece its program works on: pieces are thereby dealt in
