@@ -216,7 +216,7 @@ def tensors(choice: Choice, backward: bool) -> tuple[int, int]:
 
 def predict_pipelined(bar: Bar, channels: int, side: int) -> float | None:
     """Predict a layer with pipelined kernels, if it would take one."""
-    before, rule.ENABLED = rule.ENABLED, rule.WAITING
+    before, rule.ENABLED = rule.ENABLED, rule.ENABLED | {"pipelined"}
     try:
         row = predict(bar, channels, side)
     finally:

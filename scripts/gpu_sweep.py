@@ -1,7 +1,7 @@
 """Time every kernel and tile that a layer might take: what ``rule.py`` is chosen by.
 
 ``PYTHONPATH=. python scripts/gpu_sweep.py RESULTS.json``, on a GPU machine: for each of ResNet-50's
-layers, passes, layouts and dtypes, N=256, V=8, some seventy candidates, compiled on all cores first
+layers, passes, layouts and dtypes, N=256, V=8, some hundred candidates, compiled on all cores first
 (minutes). Each must give what the rule's choice gives, to rounding. The fastest is printed beside
 the rule's choice; all are kept. ``--only contiguous backward`` leaves out what is not both.
 """

@@ -58,8 +58,15 @@ CASES = [
 DIVIDED = [CASES[place] for place in (1, 3, 5, 8, 12, 16)]
 Tensors = dict[str, Any]
 KINDS = (
-    *("resident", "planes", "cooperative", "pipelined"),
-    *("loop", "staged", "swept", "split", "ticketed"),
+    "resident",
+    "planes",
+    "cooperative",
+    "pipelined",
+    "loop",
+    "staged",
+    "swept",
+    "split",
+    "ticketed",
 )
 
 

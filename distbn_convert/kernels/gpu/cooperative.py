@@ -27,10 +27,9 @@ from .held import (
     load_moments,
     normalize_tile,
 )
-from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
+from .pieces import exchange_partials, merge_pieces, piece_of, sum_pieces, take_piece
 from .tiles import (
     corrections,
-    divide,
     finish,
     load_parameters,
     load_running,
@@ -40,31 +39,19 @@ from .tiles import (
     rstd_of,
     store_sums,
 )
-from .waiting import announce, await_count, counter_of, take_ticket
 
 __all__ = ["cooperative_backward", "cooperative_forward"]
 
 
 @triton.jit
-def take_piece(sync, splits):
-    """Return a slab and which of its pieces."""
-    ticket = take_ticket(sync)
-    slab = divide(ticket, splits)
-    return slab, ticket - slab * splits
-
-
-@triton.jit
 def exchange(partials, first, second, sync, slab, splits, split, begin, stop, block):
-    """Store this piece's results, wait for all others'; return ``begin`` and ``stop`` unchanged.
+    """As :func:`.pieces.exchange_partials`; return ``begin`` and ``stop`` unchanged, and a zero.
 
-    And a zero. To the compiler they may have changed, so that it computes offsets and masks again,
+    To the compiler they may have changed, so that it computes offsets and masks again,
     where it would keep them in registers beside the tile: one more program fits on a
     multiprocessor.
     """
-    store_partials(partials, first, second, split, block)
-    counter = counter_of(sync, slab)
-    announce(counter)
-    zero = await_count(counter, splits) >> 30
+    zero = exchange_partials(partials, first, second, sync, slab, splits, split, block) >> 30
     return begin + zero, stop + zero, zero
 
 

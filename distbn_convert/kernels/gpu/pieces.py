@@ -8,20 +8,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import merge_lanes
+from .tiles import divide, merge_lanes
+from .waiting import announce, await_count, counter_of, take_ticket
 
 __all__ = [
+    "exchange_partials",
     "merge_pieces",
     "piece_of",
     "store_partials",
     "store_totals",
     "sum_pieces",
     "sum_ranks",
+    "take_piece",
 ]
 
 
 # Rows that are summed at a time: a tile of more would take too many registers.
 _RANKS = tl.constexpr(16)
+
+
+@triton.jit
+def take_piece(sync, splits):
+    """Return a slab and which of its pieces."""
+    ticket = take_ticket(sync)
+    slab = divide(ticket, splits)
+    return slab, ticket - slab * splits
 
 
 @triton.jit
@@ -38,6 +49,15 @@ def store_partials(partials, first, second, split, block):
     partials += split * 2 * cells + block.cells
     tl.store(partials, first, mask=block.valid)
     tl.store(partials + cells, second, mask=block.valid)
+
+
+@triton.jit
+def exchange_partials(partials, first, second, sync, slab, splits, split, block):
+    """Store this piece's results, wait for all others'; return how many there are."""
+    store_partials(partials, first, second, split, block)
+    counter = counter_of(sync, slab)
+    announce(counter)
+    return await_count(counter, splits)
 
 
 @triton.jit

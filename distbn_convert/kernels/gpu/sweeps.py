@@ -75,7 +75,7 @@ def lane_gradients(x, dy, output, grad_residual, affine, begin, stop, block, TIL
     sum_dy_x = tl.zeros([TILE.ROWS, TILE.CHANNELS], tl.float32)
     if TILE.STAGES == 2:
         next_value, next_grad = load_pair(x, dy, begin, stop, block, TILE, "evict_last", keep)
-    for row in tl.range(begin, stop, TILE.ROWS, num_stages=TILE.COPIED):
+    for row in tl.range(begin, stop, TILE.ROWS, num_stages=1 if TILE.STAGES == 2 else TILE.STAGES):
         if TILE.STAGES == 2:
             value, grad = next_value, next_grad
             row_ahead = row + TILE.ROWS
@@ -147,7 +147,7 @@ def differentiate_rows(
         next_value, next_grad = load_pair(
             x, dy, row, stop, block, TILE, "evict_first", "evict_first"
         )
-    for tile in tl.range(tiles, num_stages=TILE.COPIED):
+    for tile in tl.range(tiles, num_stages=1 if TILE.STAGES == 2 else TILE.STAGES):
         row = begin + (tiles - 1 - tile) * TILE.ROWS
         if TILE.STAGES == 2:
             value, grad = next_value, next_grad

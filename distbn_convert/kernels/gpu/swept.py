@@ -13,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cooperative import take_piece
-from .pieces import merge_pieces, piece_of, store_partials, sum_pieces
+from .pieces import exchange_partials, merge_pieces, piece_of, sum_pieces, take_piece
 from .sweeps import differentiate_rows, lane_gradients, lane_moments, normalize_rows
 from .tiles import (
     corrections,
@@ -27,18 +26,8 @@ from .tiles import (
     rstd_of,
     store_sums,
 )
-from .waiting import announce, await_count, counter_of
 
 __all__ = ["swept_backward", "swept_forward"]
-
-
-@triton.jit
-def exchange(partials, first, second, sync, slab, splits, split, block):
-    """Store this piece's results, and wait for all others'."""
-    store_partials(partials, first, second, split, block)
-    counter = counter_of(sync, slab)
-    announce(counter)
-    await_count(counter, splits)
 
 
 @triton.jit(
@@ -69,7 +58,7 @@ def swept_forward(
     begin, stop = piece_of(split, size, block)
     parameters = load_parameters(weight, bias, block)
     mean, m2 = lane_moments(x, begin, stop, block, TILE)
-    exchange(partials, mean, m2, sync, slab, splits, split, block)
+    exchange_partials(partials, mean, m2, sync, slab, splits, split, block)
     mean, m2 = merge_pieces(partials, splits, size, block, SPLITS)
     rstd = rstd_of(m2, block, statistics)
     if split == 0:
@@ -114,7 +103,7 @@ def swept_backward(
         x, dy, output, grad_residual, affine, begin, stop, block, TILE
     )
     # Whose barrier also orders what is written to grad_residual before it is read below.
-    exchange(partials, sum_dy, sum_dy_x * rstd, sync, slab, splits, split, block)
+    exchange_partials(partials, sum_dy, sum_dy_x * rstd, sync, slab, splits, split, block)
     sum_dy, sum_dy_x = sum_pieces(partials, splits, block, SPLITS)
     if split == 0:
         store_sums(sum_dy_out, sum_dy_x_out, sum_dy, sum_dy_x, block)

@@ -71,7 +71,6 @@ class Tile:
         COLUMNS: positions of all the channels of a tile whose rows are samples, a power of two;
             0 for other tiles.
         STAGES: see :class:`.rule.Choice`.
-        COPIED: that number where tiles are copied to shared memory, else 1.
     """
 
     ROWS: Any
@@ -85,7 +84,6 @@ class Tile:
     DENSE: Any
     COLUMNS: Any
     STAGES: Any
-    COPIED: Any
 
 
 @cache
@@ -105,7 +103,7 @@ def make_tile(
     """Return the one tile with these members."""
     # Each a constexpr of its own: Triton 3.6 takes no attribute of a constant for one.
     members = rows, channels, vector, divisor, last, interleaved, wide, relu, dense, columns
-    return Tile(*map(tl.constexpr, (*members, stages, stages if stages > 2 else 1)))
+    return Tile(*map(tl.constexpr, (*members, stages)))
 
 
 class Statistics(NamedTuple):
