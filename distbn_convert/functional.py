@@ -73,10 +73,11 @@ def dist_batch_norm(
         impl: ``"op"`` computes with the kernels, which ``torch.compile`` cannot look into;
             ``"decomposed"`` with plain torch operations, which it can fuse with what comes after;
             ``"auto"`` with the kernels where there are some for the input's device and dtype, and
-            under ``torch.compile`` with plain operations elsewhere, under ``torch.export`` (which
-            keeps no gradient of the kernels) with them always. Whatever it is, derivatives in
-            forward mode, ``torch.jit.trace`` and transforms of ``torch.func`` under
-            ``torch.compile`` take plain operations. Default: ``"auto"``
+            under ``torch.compile`` with plain operations elsewhere, under ``torch.export`` with
+            them always (a program that holds the operator runs only where this package is
+            imported). Whatever it is, derivatives in forward mode, ``torch.jit.trace`` and
+            transforms of ``torch.func`` under ``torch.compile`` take plain operations.
+            Default: ``"auto"``
 
     Returns:
         ``Tensor[N, C, *]`` with the dtype of ``input``, channels_last if that is, else contiguous,

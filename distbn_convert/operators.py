@@ -1,9 +1,14 @@
 """The operators of the operation, and how autograd joins them.
 
-Two operators, ``distbn_convert::batch_norm`` and ``distbn_convert::batch_norm_backward``,
-hand their tensors to a backend of :mod:`distbn_convert.kernels`. They are opaque to
-``torch.compile``. Of the autograd functions that join them, one is for each of eager mode, a
-compiler, a compiler that is given the reference's plain operations instead, and ``torch.func``.
+``distbn_convert::batch_norm`` and ``distbn_convert::batch_norm_backward`` hand their tensors to a
+backend of :mod:`distbn_convert.kernels`, and are opaque to ``torch.compile``.
+``distbn_convert::batch_norm_decomposed`` falls into the reference's plain operations, its gradient
+too. Of the autograd functions that join them, one is for eager mode, one for the first operator by
+name (as compilers and exported programs call it) and for ``torch.func``, one for the third.
+
+A compiler is given operators, and not these functions, since it takes much longer to look into
+them and its caches refuse what holds them. The caches know an operator by name and arguments and
+cannot see this code; so that no release finds what another left, its number is an argument.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import __version__
 from .errors import ConfigurationError
 from .kernels import has_kernel, keeps_output, reference, select_backend
 from .kernels.layout import in_torch_format
@@ -22,14 +28,14 @@ from .kernels.partition import is_exporting
 __all__ = ["batch_norm"]
 
 _LIBRARY = torch.library.Library("distbn_convert", "DEF")
-_LIBRARY.define(
-    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual,"
-    " Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor(c!)? num_batches_tracked,"
-    " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_ARGUMENTS = (
+    "(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu,"
+    ' *, str release="") -> (Tensor, Tensor, Tensor)'
 )
+for _name in ("batch_norm", "batch_norm_decomposed"):
+    _LIBRARY.define(_name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias,"
     " Tensor? output, Tensor mean, Tensor rstd, int vt_world_size, bool interleaved, bool relu)"
@@ -63,7 +69,7 @@ def _without_class(value: Any) -> Any:
     return value if alone else value.as_subclass(Tensor)
 
 
-def _batch_norm_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_operator(*args: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
     return _batch_norm(*map(_without_class, args))
 
 
@@ -91,6 +97,8 @@ def _batch_norm_fake(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
+    *,
+    release: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     moments = input.new_empty(
         (vt_world_size, input.shape[1]), dtype=reference.accumulate_dtype(input.dtype)
@@ -123,6 +131,7 @@ torch.library.register_fake(
 
 _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
+_DECOMPOSED = torch.ops.distbn_convert.batch_norm_decomposed.default
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -155,22 +164,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, rstd:
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor, compiling: bool, decomposed: bool = False
+    ctx: Any, grad_output: Tensor, decomposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of input, weight, bias and residual."""
     saved: _Saved = ctx.saved_tensors
     weight = saved[1]
     eps, *settings = ctx.settings
     grads: tuple[Any, ...]
-    if not compiling and _is_differentiated():
+    if _is_differentiated():
         grads = _differentiable_gradients(grad_output, saved, eps, *settings)
     elif decomposed:
         grads = reference.backward(grad_output, *saved, *settings)
-    elif (
-        compiling
-        or _is_watched(grad_output, saved[0], weight)
-        or not torch._C._has_storage(grad_output)
-    ):
+    elif _is_watched(grad_output, saved[0], weight) or not torch._C._has_storage(grad_output):
         # Without memory of its own it is a batch of gradients, which is a Tensor to Python.
         grads = _BACKWARD(grad_output, *saved, *settings)
     else:
@@ -191,11 +196,14 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _is_transformed() -> bool:
+    return _in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
 def _is_differentiated() -> bool:
     """Say whether what a backward computes may be differentiated again."""
     # Forward mode and torch.func do not mind that gradients are disabled around them.
-    around = _in_forward_mode() or torch._C._are_functorch_transforms_active()
-    return torch.is_grad_enabled() or around
+    return torch.is_grad_enabled() or _is_transformed()
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,34 +245,16 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return *_differentiate(ctx, grad_output, False), None
+        return *_differentiate(ctx, grad_output), None
 
 
-class _TracedBatchNorm(torch.autograd.Function):
-    """The same with ``setup_context``, for ``torch.compile``.
-
-    ``forward`` names its parameters: where no gradient is wanted the compiler counts them, to see
-    whether the first is a context.
-    """
+class _OperatorBatchNorm(torch.autograd.Function):
+    """The gradient of the operator itself, and the path of ``torch.func`` with a rule for vmap."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        vt_world_size: int,
-        interleaved: bool,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        affine, rows = (weight, bias), (running_mean, running_var, num_batches_tracked)
-        settings = momentum, eps, vt_world_size, interleaved, relu
-        return _FORWARD(input, *affine, residual, *rows, *settings)  # type: ignore[no-any-return]
+    def forward(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Here no transform is left that would hide how the input lies in memory.
+        return _FORWARD(in_torch_format(input), *rest)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(
@@ -275,28 +265,7 @@ class _TracedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        return *_differentiate(ctx, grad_outputs[0], compiling), *(None,) * 8
-
-
-class _DecomposedBatchNorm(_TracedBatchNorm):
-    """The same in plain operations, for a compiler that fuses them with what comes after."""
-
-    forward = staticmethod(reference.forward)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        return *_differentiate(ctx, grad_outputs[0], compiling, True), *(None,) * 8
-
-
-class _FunctorchBatchNorm(_TracedBatchNorm):
-    """The same under ``torch.func``, with a rule for vmap."""
-
-    @staticmethod
-    def forward(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # Here no transform is left that would hide how the input lies in memory.
-        return _FORWARD(in_torch_format(input), *rest)  # type: ignore[no-any-return]
+        return *_differentiate(ctx, grad_outputs[0]), *(None,) * 8
 
     @staticmethod
     def vmap(
@@ -317,9 +286,44 @@ class _FunctorchBatchNorm(_TracedBatchNorm):
             ]
             if shared_rows and index:  # one batch updates the rows once
                 arguments[4:7] = None, None, None
-            results.append(_FunctorchBatchNorm.apply(*arguments))
+            results.append(_OperatorBatchNorm.apply(*arguments))
         output, mean, rstd = (torch.stack(column) for column in zip(*results, strict=True))
         return (output, mean, rstd), (0, 0, 0)
+
+
+class _DecomposedBatchNorm(_OperatorBatchNorm):
+    """The same in plain operations, for a compiler that fuses them with what comes after."""
+
+    forward = staticmethod(reference.forward)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, grad_outputs[0], decomposed=True), *(None,) * 8
+
+
+def _requires_gradient(inputs: tuple[Any, ...]) -> bool:
+    differentiated = [tensor for tensor in inputs[:4] if tensor is not None]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
+
+
+def _differentiable_operator(*inputs: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    if _is_transformed():
+        return reference.forward(*inputs)
+    if _requires_gradient(inputs):
+        return _OperatorBatchNorm.apply(*inputs)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*inputs)  # type: ignore[no-any-return]
+
+
+def _decomposed_operator(*inputs: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    if _is_transformed() or not _requires_gradient(inputs):
+        return reference.forward(*inputs)
+    return _DecomposedBatchNorm.apply(*inputs)  # type: ignore[no-any-return]
+
+
+# torch.library.register_autograd takes no operator that writes to its arguments.
+_LIBRARY.impl("batch_norm", _differentiable_operator, "Autograd")
+_LIBRARY.impl("batch_norm_decomposed", _decomposed_operator, "CompositeImplicitAutograd")
 
 
 def _decomposes(impl: str, input: Tensor) -> bool:
@@ -351,19 +355,19 @@ def batch_norm(
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
     if compiling:
-        # An exported program keeps no autograd function, but its own gradient; and the compiler
-        # takes none that is transformed.
+        # An exported program of plain operations runs and trains without this package; and the
+        # operators have no rule for vmap.
         plain = transformed or (impl != "op" and is_exporting())
     else:
-        # A trace keeps none either, whatever was asked for.
+        # So does a trace, whatever was asked for.
         tracing = torch._C._get_tracing_state() is not None
         plain = impl == "decomposed" or tracing or _in_forward_mode()
     if transformed and not plain:
-        return _FunctorchBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+        return _OperatorBatchNorm.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
     input = in_torch_format(input)
     if plain:
         return reference.forward(input, weight, bias, residual, *rest)[0]
     if compiling:
-        function = _DecomposedBatchNorm if _decomposes(impl, input) else _TracedBatchNorm
-        return function.apply(input, weight, bias, residual, *rest)[0]  # type: ignore[no-any-return]
+        operator = _DECOMPOSED if _decomposes(impl, input) else _FORWARD
+        return operator(input, weight, bias, residual, *rest, release=__version__)[0]  # type: ignore[no-any-return]
     return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]

@@ -197,26 +197,6 @@ def test_gradcheck_and_gradgradcheck(samples: int, partition: str) -> None:
     assert gradgradcheck(function, (input, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize(
-    ("added", "relu"), [(False, False), (True, False), (False, True), (True, True)]
-)
-def test_opcheck(momentum: float | None, dtype: torch.dtype, added: bool, relu: bool) -> None:
-    input, weight, bias, mean, var, upstream = make_case((7, 5, 4, 4), 3, dtype)
-    counts = torch.ones(3, dtype=torch.long)
-    input, weight, bias = (leaf.detach() for leaf in (input, weight, bias))
-    forward = torch.ops.distbn_convert.batch_norm.default
-    residual = torch.randn_like(input) if added else None
-    args = (input, weight, bias, residual, mean, var, counts, momentum, 1e-5, 3, False, relu)
-    torch.library.opcheck(forward, args)
-    output, *moments = forward(*args)
-    backward = torch.ops.distbn_convert.batch_norm_backward.default
-    for kept in (output, None)[not relu : 1 + (not added)]:
-        args = (upstream, input, weight, bias, kept, *moments, 3, False, relu)
-        torch.library.opcheck(backward, args)
-
-
 def test_func_grad_and_its_own_gradient_equal_autograd() -> None:
     input, weight, *_ = make_case((6, 3, 4), 3)
 

@@ -144,16 +144,6 @@ def test_output_may_be_changed_in_place(relu: bool, monkeypatch: pytest.MonkeyPa
             dist_batch_norm(x, partition=partition, **settings).relu_().sum().backward()
 
 
-def test_operator_called_by_name_takes_what_requires_a_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kernels, "_BACKENDS", (native, reference))
-    x, weight = torch.randn(8, 6, 5).requires_grad_(), torch.rand(6).requires_grad_()
-    settings = None, 0.1, 1e-5, 4, False, False
-    output, *_ = torch.ops.distbn_convert.batch_norm(x, weight, *(None,) * 4, *settings)
-    torch.testing.assert_close(output, dist_batch_norm(x, weight=weight, vt_world_size=4))
-
-
 def test_backward_keeps_one_gradient_of_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
     real = torch.ops.aten.native_batch_norm_backward.default
