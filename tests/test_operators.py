@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
+from torch.utils.checkpoint import checkpoint
 
 from distbn_convert import DistBatchNorm2d, operators
 from distbn_convert.functional import dist_batch_norm
@@ -163,3 +164,20 @@ def test_a_compilers_cache_keeps_a_step_for_the_next_process_of_a_release(
     monkeypatch.setattr(operators, "__version__", "another")
     torch.testing.assert_close(step(torch.compile(function)), expected)
     assert events() == missed
+
+
+@pytest.mark.parametrize("impl", ["op", "decomposed"])
+def test_a_compiled_checkpoint_computes_again_and_updates_once(impl: str) -> None:
+    """As with a plain model, whose statistics a compiler updates in the forward alone."""
+    layer = DistBatchNorm2d(5, vt_world_size=3)
+    layer.impl = impl
+    twin, input = copy.deepcopy(layer), torch.randn(7, 5, 4, 3)
+
+    def checkpointed(input: Tensor) -> Tensor:
+        return checkpoint(lambda x: layer(x.cos()).sin(), input, use_reentrant=False).exp()  # type: ignore[no-any-return]
+
+    leaves = [input.clone().requires_grad_() for _ in range(2)]
+    torch.compile(checkpointed, fullgraph=True)(leaves[0]).sum().backward()
+    twin(leaves[1].cos()).sin().exp().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
