@@ -8,20 +8,22 @@ name (as compilers and exported programs call it) and for ``torch.func``, one fo
 
 A compiler is given operators, and not these functions, since it takes much longer to look into
 them and its caches refuse what holds them. The caches know an operator by name and arguments and
-cannot see this code; so that no release finds what another left, its number is an argument.
+cannot see this code; so that no version of it is given what another left, a digest is an argument.
 """
 
 from __future__ import annotations
 
+import hashlib
+import linecache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import __version__
+from . import __version__, kernels
 from .errors import ConfigurationError
-from .kernels import has_kernel, keeps_output, reference, select_backend
+from .kernels import has_kernel, keeps_output, layout, partition, reference, select_backend
 from .kernels.layout import in_torch_format
 from .kernels.partition import is_exporting
 
@@ -32,7 +34,7 @@ _ARGUMENTS = (
     "(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
     " float? momentum, float eps, int vt_world_size, bool interleaved, bool relu,"
-    ' *, str release="") -> (Tensor, Tensor, Tensor)'
+    ' *, str code="") -> (Tensor, Tensor, Tensor)'
 )
 for _name in ("batch_norm", "batch_norm_decomposed"):
     _LIBRARY.define(_name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
@@ -69,7 +71,7 @@ def _without_class(value: Any) -> Any:
     return value if alone else value.as_subclass(Tensor)
 
 
-def _batch_norm_operator(*args: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_operator(*args: Any, code: str = "") -> tuple[Tensor, Tensor, Tensor]:
     return _batch_norm(*map(_without_class, args))
 
 
@@ -98,7 +100,7 @@ def _batch_norm_fake(
     interleaved: bool,
     relu: bool,
     *,
-    release: str = "",
+    code: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     moments = input.new_empty(
         (vt_world_size, input.shape[1]), dtype=reference.accumulate_dtype(input.dtype)
@@ -132,6 +134,18 @@ torch.library.register_fake(
 _FORWARD = torch.ops.distbn_convert.batch_norm.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 _DECOMPOSED = torch.ops.distbn_convert.batch_norm_decomposed.default
+
+
+def _digest_code() -> str:
+    """Return what tells the code that makes graphs from another version of it."""
+    digest = hashlib.sha256(__version__.encode())  # alone where sources are not installed
+    for names in (globals(), *map(vars, (kernels, reference, partition, layout))):
+        lines = linecache.getlines(names.get("__file__") or "", names)
+        digest.update("".join(lines).encode())
+    return digest.hexdigest()[:16]
+
+
+_CODE = _digest_code()
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -306,7 +320,7 @@ def _requires_gradient(inputs: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
 
 
-def _differentiable_operator(*inputs: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
+def _differentiable_operator(*inputs: Any, code: str = "") -> tuple[Tensor, Tensor, Tensor]:
     if _is_transformed():
         return reference.forward(*inputs)
     if _requires_gradient(inputs):
@@ -315,7 +329,7 @@ def _differentiable_operator(*inputs: Any, release: str = "") -> tuple[Tensor, T
         return _FORWARD(*inputs)  # type: ignore[no-any-return]
 
 
-def _decomposed_operator(*inputs: Any, release: str = "") -> tuple[Tensor, Tensor, Tensor]:
+def _decomposed_operator(*inputs: Any, code: str = "") -> tuple[Tensor, Tensor, Tensor]:
     if _is_transformed() or not _requires_gradient(inputs):
         return reference.forward(*inputs)
     return _DecomposedBatchNorm.apply(*inputs)  # type: ignore[no-any-return]
@@ -369,5 +383,5 @@ def batch_norm(
         return reference.forward(input, weight, bias, residual, *rest)[0]
     if compiling:
         operator = _DECOMPOSED if _decomposes(impl, input) else _FORWARD
-        return operator(input, weight, bias, residual, *rest, release=__version__)[0]  # type: ignore[no-any-return]
+        return operator(input, weight, bias, residual, *rest, code=_CODE)[0]  # type: ignore[no-any-return]
     return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +138,7 @@ def test_exported_operator_is_saved_and_trains(dtype: torch.dtype, strict: bool)
 
 @since_torch(2, 8, "the compiler warns of its own cache, or keeps none")
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
-def test_a_compilers_cache_keeps_a_step_for_the_next_process_of_a_release(
+def test_a_compilers_cache_keeps_a_step_for_the_next_process_with_this_code(
     impl: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case, upstream = make_case(False, torch.float32)[:3], torch.randn(7, 5, 4, 4)
@@ -161,9 +165,27 @@ def test_a_compilers_cache_keeps_a_step_for_the_next_process_of_a_release(
     for found in (missed, ["autograd_cache_hit"]):
         torch.testing.assert_close(step(torch.compile(function)), expected)
         assert events() == found
-    monkeypatch.setattr(operators, "__version__", "another")
+    monkeypatch.setattr(operators, "_CODE", "another")
     torch.testing.assert_close(step(torch.compile(function)), expected)
     assert events() == missed
+
+
+@pytest.mark.parametrize("module", ["operators.py", "kernels/reference.py"])
+def test_code_that_differs_is_told_from_this(module: str, tmp_path: Path) -> None:
+    folder = Path(operators.__file__).parent
+    copied = tmp_path / folder.name
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from distbn_convert import operators as o; print(o._CODE)"]
+    seen = [operators._CODE]
+    for added in ("", "# another\n"):
+        with (copied / module).open("a", encoding="utf-8") as file:
+            file.write(added)
+        found = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True
+        )
+        assert found.returncode == 0, found.stderr
+        seen.append(found.stdout.decode().strip())
+    assert seen[0] == seen[1] != seen[2]
 
 
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
