@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,15 +132,19 @@ torch.library.register_fake(
     "distbn_convert::batch_norm_backward", _batch_norm_backward_fake, lib=_LIBRARY
 )
 
-_FORWARD = torch.ops.distbn_convert.batch_norm.default
+_Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
+_FORWARD: _Operator = torch.ops.distbn_convert.batch_norm.default
+_DECOMPOSED: _Operator = torch.ops.distbn_convert.batch_norm_decomposed.default
 _BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
-_DECOMPOSED = torch.ops.distbn_convert.batch_norm_decomposed.default
+
+# With this one, the modules whose code makes the graphs of the operators.
+_GRAPH_MODULES = kernels, reference, partition, layout
 
 
 def _digest_code() -> str:
     """Return what tells the code that makes graphs from another version of it."""
     digest = hashlib.sha256(__version__.encode())  # alone where sources are not installed
-    for names in (globals(), *map(vars, (kernels, reference, partition, layout))):
+    for names in (globals(), *map(vars, _GRAPH_MODULES)):
         lines = linecache.getlines(names.get("__file__") or "", names)
         digest.update("".join(lines).encode())
     return digest.hexdigest()[:16]
@@ -268,7 +273,7 @@ class _OperatorBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Here no transform is left that would hide how the input lies in memory.
-        return _FORWARD(in_torch_format(input), *rest)  # type: ignore[no-any-return]
+        return _FORWARD(in_torch_format(input), *rest)
 
     @staticmethod
     def setup_context(
@@ -326,7 +331,7 @@ def _differentiable_operator(*inputs: Any, code: str = "") -> tuple[Tensor, Tens
     if _requires_gradient(inputs):
         return _OperatorBatchNorm.apply(*inputs)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*inputs)  # type: ignore[no-any-return]
+        return _FORWARD(*inputs)
 
 
 def _decomposed_operator(*inputs: Any, code: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -383,5 +388,5 @@ def batch_norm(
         return reference.forward(input, weight, bias, residual, *rest)[0]
     if compiling:
         operator = _DECOMPOSED if _decomposes(impl, input) else _FORWARD
-        return operator(input, weight, bias, residual, *rest, code=_CODE)[0]  # type: ignore[no-any-return]
+        return operator(input, weight, bias, residual, *rest, code=_CODE)[0]
     return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]

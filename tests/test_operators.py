@@ -17,10 +17,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from distbn_convert import DistBatchNorm2d, operators
 from distbn_convert.functional import dist_batch_norm
+from distbn_convert.kernels import reference
 
 from .versions import since_torch
 
@@ -79,9 +81,8 @@ def test_operator_called_by_name_has_all_derivatives(
     leaves = [leaf for leaf in case if leaf is not None]
     theirs = [row.clone() for row in rows]
 
-    def by_name(input: Tensor, rows: Any = (None,) * 3) -> Tensor:
-        output = operator(input, *case[1:], *rows, 0.1, 1e-5, 3, False, relu)[0]
-        return output.sin()  # type: ignore[no-any-return]
+    def by_name(input: Tensor, rows: Any = (None,) * 3) -> Any:
+        return operator(input, *case[1:], *rows, 0.1, 1e-5, 3, False, relu)[0].sin()
 
     def called(input: Tensor, rows: Any = (None,) * 3) -> Tensor:
         mean, var, counts = rows
@@ -138,7 +139,7 @@ def test_exported_operator_is_saved_and_trains(dtype: torch.dtype, strict: bool)
 
 @since_torch(2, 8, "the compiler warns of its own cache, or keeps none")
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
-def test_a_compilers_cache_keeps_a_step_for_the_next_process_with_this_code(
+def test_a_compilers_cache_keeps_a_step_until_the_code_differs(
     impl: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case, upstream = make_case(False, torch.float32)[:3], torch.randn(7, 5, 4, 4)
@@ -170,6 +171,33 @@ def test_a_compilers_cache_keeps_a_step_for_the_next_process_with_this_code(
     assert events() == missed
 
 
+@EPILOGUE
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_no_other_code_makes_graphs(
+    interleaved: bool, momentum: float | None, added: bool, relu: bool
+) -> None:
+    def trace(operator: Any, case: list[Any]) -> Any:
+        leaves = [leaf for leaf in case if leaf is not None]
+        rows = make_rows(torch.float64)
+        output, *_ = operator(*case, *rows, momentum, 1e-5, 3, interleaved, relu)
+        return torch.autograd.grad(output.sum(), leaves)
+
+    ran = set()
+    sys.setprofile(lambda frame, event, argument: ran.add(frame.f_code.co_filename))
+    try:
+        for operator in (FORWARD, DECOMPOSED):
+            make_fx(lambda *case, f=operator: trace(f, [*case]), tracing_mode="fake")(
+                *make_case(added)
+            )
+    finally:
+        sys.setprofile(None)
+    folder = Path(operators.__file__).parent
+    ours = {file for file in ran if Path(file).is_relative_to(folder)}
+    assert reference.__file__ in ours
+    assert ours <= {module.__file__ for module in (operators, *operators._GRAPH_MODULES)}
+
+
 @pytest.mark.parametrize("module", ["operators.py", "kernels/reference.py"])
 def test_code_that_differs_is_told_from_this(module: str, tmp_path: Path) -> None:
     folder = Path(operators.__file__).parent
@@ -195,8 +223,8 @@ def test_a_compiled_checkpoint_computes_again_and_updates_once(impl: str) -> Non
     layer.impl = impl
     twin, input = copy.deepcopy(layer), torch.randn(7, 5, 4, 3)
 
-    def checkpointed(input: Tensor) -> Tensor:
-        return checkpoint(lambda x: layer(x.cos()).sin(), input, use_reentrant=False).exp()  # type: ignore[no-any-return]
+    def checkpointed(input: Tensor) -> Any:
+        return checkpoint(lambda x: layer(x.cos()).sin(), input, use_reentrant=False).exp()
 
     leaves = [input.clone().requires_grad_() for _ in range(2)]
     torch.compile(checkpointed, fullgraph=True)(leaves[0]).sum().backward()
