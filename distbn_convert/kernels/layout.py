@@ -33,9 +33,7 @@ def arrange(input: Tensor) -> tuple[Tensor, bool]:
 
     Memory in any other order is copied, which costs a read and a write more.
     """
-    if _is_arranged(input, False) and input.shape[2:].numel() > 1:
-        return input, False
-    if _is_arranged(input, True):
+    if not input.is_contiguous() and _is_arranged(input, True):
         return input, True
     return input.contiguous(), input.shape[2:].numel() == 1
 

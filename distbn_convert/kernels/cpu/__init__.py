@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import reference
+from ..layout import arrange
 from .build import VALUES, load
 
 __all__ = ["backward", "forward", "supports"]
@@ -52,7 +53,7 @@ def forward(
     """See :func:`distbn_convert.kernels.reference.forward`."""
     operators = load(input.dtype)
     assert operators is not None, "supports() has found them"
-    x, channels_last = _arrange(input)
+    x, channels_last = arrange(input)
     output = torch.empty_like(x)
     dtype = reference.accumulate_dtype(input.dtype)
     mean = input.new_empty(vt_world_size, input.shape[1], dtype=dtype)
@@ -76,7 +77,7 @@ def forward(
     )
     written = (running_mean, running_var, num_batches_tracked)
     increment_version([tensor for tensor in written if tensor is not None])
-    output = _restore(output, x, input)
+    output = reference.as_input(output, input)
     if residual is not None:
         output.add_(residual)
     if relu:
@@ -99,7 +100,7 @@ def backward(
     """See :func:`distbn_convert.kernels.reference.backward`."""
     operators = load(input.dtype)
     assert operators is not None, "supports() has found them"
-    x, channels_last = _arrange(input)
+    x, channels_last = arrange(input)
     if relu:
         grad_output = reference.mask(
             grad_output, input, weight, bias, output, mean, rstd, interleaved
@@ -123,35 +124,5 @@ def backward(
     )
     grad_residual = None
     if relu and output is not None:
-        grad_residual = _restore(grad_output, x, input)
-    return _restore(grad_input, x, input), grad_weight, grad_bias, grad_residual
-
-
-def _arrange(input: Tensor) -> tuple[Tensor, bool]:
-    """Return ``input``, copied only if the kernel cannot walk it; whether channels are last."""
-    if input.is_contiguous():
-        return input, input.dim() == 2 or input.numel() == input.shape[0] * input.shape[1]
-    channels, positions = input.shape[1], input.shape[2:].numel()
-    if _is_dense(input, (positions * channels, 1), channels):
-        return input, True
-    if _is_dense(input, (positions * channels, positions), 1):
-        return input, False
-    return _arrange(input.contiguous())
-
-
-def _is_dense(input: Tensor, outer: tuple[int, int], unit: int) -> bool:
-    """Whether N and C have these strides and the positions, in any order, fill ``unit`` on."""
-    sizes, strides = input.shape, input.stride()
-    if any(sizes[d] != 1 and strides[d] != outer[d] for d in (0, 1)):
-        return False
-    for stride, size in sorted(zip(strides[2:], sizes[2:], strict=True)):
-        if size != 1:
-            if stride != unit:
-                return False
-            unit *= size
-    return True
-
-
-def _restore(values: Tensor, x: Tensor, input: Tensor) -> Tensor:
-    """Give a result the memory layout of ``input`` if ``x`` was a copy of it."""
-    return values if x is input else torch.empty_like(input).copy_(values)
+        grad_residual = reference.as_input(grad_output, input)
+    return reference.as_input(grad_input, input), grad_weight, grad_bias, grad_residual
