@@ -169,6 +169,19 @@ def test_library_that_cannot_be_loaded_warns_with_the_reason(
 
 @needs_compiler
 @pytest.mark.usefixtures("_fresh")
+def test_torch_may_lie_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "Étienne's, or another"
+    folder.symlink_to(build._TORCH)
+    monkeypatch.setattr(build, "_TORCH", folder)
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    (tmp_path / "batch_norm.cpp").touch()
+    assert build._build(torch.float32).exists()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_fresh")
 def test_only_the_wait_for_a_compiler_is_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

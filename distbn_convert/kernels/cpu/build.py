@@ -159,7 +159,8 @@ def _flags(dtype: torch.dtype) -> list[str]:
         *(f"-DDISTBN_VALUE={VALUES[dtype]}", f'-DDISTBN_DTYPE="{_name(dtype)}"'),
         f"-I{_TORCH / 'include'}",
         str(_SOURCES / "batch_norm.cpp"),
-        *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"),
+        # -Wl would cut a path at its commas.
+        *(f"-L{libraries}", "-Xlinker", "-rpath", "-Xlinker", str(libraries), "-ltorch_cpu"),
     ]
 
 
