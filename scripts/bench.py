@@ -19,6 +19,7 @@ from bench_providers import PROVIDERS, SHAPES, Case, check
 
 from distbn_convert.kernels import select_backend
 
+COUNT = click.IntRange(min=1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("forward", "backward", "both")
 
@@ -227,8 +228,8 @@ def make_cases(**choice: Any) -> Iterator[Case]:
 
 @click.command()
 @click.option("--set", "sets", multiple=True, type=click.Choice(list(SHAPES)), default=["resnet50"])
-@click.option("--batch", default=64, show_default=True, help="Batch size N.")
-@click.option("--ranks", multiple=True, type=int, default=[8], help="Virtual ranks V.")
+@click.option("--batch", type=COUNT, default=64, show_default=True, help="Batch size N.")
+@click.option("--ranks", multiple=True, type=COUNT, default=[8], help="Virtual ranks V.")
 @click.option(
     "--layout",
     "layouts",
@@ -247,8 +248,10 @@ def make_cases(**choice: Any) -> Iterator[Case]:
     default=list(PROVIDERS),
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
-@click.option("--threads", type=int, help="Threads of torch. Default: torch's own number.")
-@click.option("--repetitions", default=7, show_default=True, help="Turns; medians are reported.")
+@click.option("--threads", type=COUNT, help="Threads of torch. Default: torch's own number.")
+@click.option(
+    "--repetitions", type=COUNT, default=7, show_default=True, help="Turns; medians are reported."
+)
 @click.option("--tests/--no-tests", default=True, help="Run the backend's tests first. Default: on")
 @click.option("--json", "json_path", help="Write long-format records here.")
 @click.option("--plot", "plot_path", help="Draw a picture (needs the extra 'plot').")
@@ -277,9 +280,14 @@ def main(
     torch.manual_seed(0)
     if threads:
         torch.set_num_threads(threads)
+    cases = list(make_cases(device=device, **choice))
+    if not cases:
+        raise click.UsageError(
+            "expected ranks that divide the batch and get more than one value each, but no shape "
+            f"is left for a batch of {choice['batch']}; change --batch or --ranks."
+        )
     if tests:
         require_green_tests(device)
-    cases = list(make_cases(device=device, **choice))
     for case in cases:
         sample = (case.shape[0], min(case.shape[1], 40), *(min(s, 20) for s in case.shape[2:]))
         fault = check(Case(case.set, sample, case.layout, case.dtype, case.ranks, device))

@@ -113,6 +113,15 @@ def test_every_script_has_a_help_and_does_nothing_else_then(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [["--batch", "60"], ["--ranks", "0"], ["--ranks", "65"]])
+def test_the_benchmark_does_not_time_nothing_and_call_it_done(arguments: list[str]) -> None:
+    command = [sys.executable, "scripts/bench.py", *arguments, "--no-tests"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("Error: ")
+    assert arguments[0] in run.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_quickstart_trains_converts_back_and_prints_equal_accuracies(tmp_path: Path) -> None:
     """`./scripts/test` itself is the other command: it is what runs this."""
