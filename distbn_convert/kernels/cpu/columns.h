@@ -135,8 +135,8 @@ struct ColumnsBackward : ColumnsBase<T> {
         statistics(s) {}
 
   void reduce(const Group& g, const Chunk& chunk, double* partial, double* work) const {
-    A* means = reinterpret_cast<A*>(work + 4 * this->padded);
-    double* saved = work + 5 * this->padded;
+    double* saved = work + 4 * this->padded;
+    A* means = reinterpret_cast<A*>(work + 5 * this->padded);
     statistics.mean.load(g.rank, this->first_channel(g), this->channels(g), saved);
     this->unfold(g, 1, saved, means);
     ColumnSums<A> sums(this->padded, work);

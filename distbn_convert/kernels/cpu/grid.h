@@ -87,8 +87,8 @@ struct ColumnsBase {
         groups(p.ranks * grid.blocks),
         max_chunks(group(0).chunks.count()),
         partial_size(2 * padded),
-        coefficient_size(coefficients * padded),
-        work_size(6 * padded),
+        coefficient_size(coefficients * padded + L),
+        work_size(6 * padded + L),
         streamed(streams<T>(p) && to_next_line(output) == 0 &&
                  grid.width * int64_t(sizeof(T)) % kLineBytes == 0 &&
                  grid.block * int64_t(sizeof(T)) % kLineBytes == 0) {}
@@ -121,14 +121,23 @@ struct ColumnsBase {
     for (int64_t f = 0; f < grid.fold; ++f) work(f * grid.fold_step);
   }
 
-  // Gives each column the value of its channel, in each of some rows.
-  template <class X, class Y>
-  void unfold(const Group& g, int64_t rows, const X* values, Y* columns) const {
+  // Gives each column the value of its channel, in each of some rows. Where a channel's columns are
+  // neighbours they are written in whole vectors, of which the next channel overwrites what is too
+  // much; so up to L values behind the last row are written as well.
+  template <class X>
+  void unfold(const Group& g, int64_t rows, const X* values, A* columns) const {
     const int64_t count = channels(g);
     for (int64_t row = 0; row < rows; ++row, values += count, columns += padded) {
-      each_fold([&](int64_t fold) {
-        for (int64_t c = 0; c < count; ++c) columns[fold + c * grid.channel_step] = Y(values[c]);
-      });
+      if (grid.channel_step == 1) {
+        each_fold([&](int64_t fold) {
+          for (int64_t c = 0; c < count; ++c) columns[fold + c] = A(values[c]);
+        });
+      } else {
+        for (int64_t c = 0; c < count; ++c) {
+          const V value = splat(A(values[c]));
+          for (int64_t f = 0; f < grid.fold; f += L) store(columns + c * grid.fold + f, value);
+        }
+      }
     }
   }
 
