@@ -101,25 +101,6 @@ struct RowsBase {
     }
   }
 
- private:
-  template <int N, class Full>
-  static INLINE void some(const Full& full, int64_t i) {
-    [&]<int... k>(std::integer_sequence<int, k...>) INLINE_LAMBDA {
-      (full(k, i + k * L), ...);
-    }(std::make_integer_sequence<int, N>());
-  }
-
-  template <class Make, class Put>
-  static INLINE void write(T* run, int64_t i, int64_t size, const Make& make, const Put& put) {
-    for (; i + 4 * L <= size; i += 4 * L) {
-      for (int k = 0; k < 4; ++k) put(run + i + k * L, make(i + k * L));
-    }
-    for (; i + L <= size; i += L) put(run + i, make(i));
-    if (i < size) store(run + i, make(i, size - i), size - i);
-  }
-
- public:
-
   // Calls block(p) for each run of a chunk, cut to kRowsFlush values, and flush() between them.
   template <class Block, class Flush>
   static INLINE void each_block(const Chunk& chunk, int64_t stride, const Block& block,
@@ -137,6 +118,23 @@ struct RowsBase {
       }
     }
     flush();
+  }
+
+ private:
+  template <int N, class Full>
+  static INLINE void some(const Full& full, int64_t i) {
+    [&]<int... k>(std::integer_sequence<int, k...>) INLINE_LAMBDA {
+      (full(k, i + k * L), ...);
+    }(std::make_integer_sequence<int, N>());
+  }
+
+  template <class Make, class Put>
+  static INLINE void write(T* run, int64_t i, int64_t size, const Make& make, const Put& put) {
+    for (; i + 4 * L <= size; i += 4 * L) {
+      for (int k = 0; k < 4; ++k) put(run + i + k * L, make(i + k * L));
+    }
+    for (; i + L <= size; i += L) put(run + i, make(i));
+    if (i < size) store(run + i, make(i, size - i), size - i);
   }
 };
 

@@ -23,7 +23,6 @@ struct Problem {
   int64_t samples, channels, positions, ranks;
   bool interleaved;
 
-  int64_t quotient() const { return ranks == 1 ? samples : samples / ranks; }
   int64_t size() const { return samples * channels * positions; }
 };
 
@@ -32,7 +31,7 @@ struct Share {
   int64_t first, step, count;
 
   Share(const Problem& p, int64_t rank) {
-    const int64_t q = p.quotient(), r = p.samples - q * p.ranks;
+    const int64_t q = p.samples / p.ranks, r = p.samples % p.ranks;
     count = q + (rank < r);
     first = p.interleaved ? rank : rank * q + std::min(rank, r);
     step = p.interleaved ? p.ranks : 1;
@@ -66,18 +65,13 @@ struct Chunks {
 
   int64_t count() const {
     if (size() == 0) return 0;
-    return (runs <= cut.runs_per_chunk ? 1 : ceil_div(runs, cut.runs_per_chunk)) * cut.pieces;
+    return ceil_div(runs, cut.runs_per_chunk) * cut.pieces;
   }
 
   Chunk operator[](int64_t index) const {
-    int64_t run = index, begin = 0, end = cut.length;
-    if (cut.pieces > 1) {
-      run = index / cut.pieces;
-      begin = cut.length * (index % cut.pieces) / cut.pieces;
-      end = cut.length * (index % cut.pieces + 1) / cut.pieces;
-    }
-    run *= cut.runs_per_chunk;
-    return {run, std::min(run + cut.runs_per_chunk, runs), begin, end};
+    const int64_t run = index / cut.pieces * cut.runs_per_chunk, piece = index % cut.pieces;
+    return {run, std::min(run + cut.runs_per_chunk, runs), cut.length * piece / cut.pieces,
+            cut.length * (piece + 1) / cut.pieces};
   }
 };
 

@@ -101,7 +101,6 @@ struct ForwardStatistics {
   template <class A>
   NOINLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* m,
                        const double* m2, A* coefficients, int64_t width) const {
-    if (n == 1) return strip(rank, first, 1, count, m, m2, coefficients, width);
     for (int64_t i = 0; i < n; i += kStrip) {
       strip(rank, first + i, std::min(kStrip, n - i), count, m + i, m2 + i, coefficients + i,
             width);
@@ -155,7 +154,6 @@ struct BackwardStatistics {
   template <class A>
   NOINLINE void finish(int64_t rank, int64_t first, int64_t n, double count, const double* sum_dy,
                        const double* sum_dy_x, A* coefficients, int64_t width) const {
-    if (n == 1) return strip(rank, first, 1, count, sum_dy, sum_dy_x, coefficients, width);
     for (int64_t i = 0; i < n; i += kStrip) {
       strip(rank, first + i, std::min(kStrip, n - i), count, sum_dy + i, sum_dy_x + i,
             coefficients + i, width);
