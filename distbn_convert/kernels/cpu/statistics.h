@@ -120,9 +120,12 @@ struct ForwardStatistics {
     weight.load(0, first, n, scale, 1);
     bias.load(0, first, n, shift);
     for (int64_t i = 0; i < n; ++i) {
-      coefficients[i] = A(m[i]);
-      coefficients[width + i] = A(scale[i] * r[i]);
-      coefficients[2 * width + i] = A(shift[i]);
+      const A rounded = A(m[i]);
+      scale[i] *= r[i];
+      coefficients[i] = rounded;
+      coefficients[width + i] = A(scale[i]);
+      // With what rounding took from the mean, which may be much beside a small deviation.
+      coefficients[2 * width + i] = A(shift[i] - (m[i] - double(rounded)) * scale[i]);
     }
     if (!running_mean || count == 0) return;
     double factor = momentum;
