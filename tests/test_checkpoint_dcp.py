@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from distbn_convert.checkpoint import convert_checkpoint
 from distbn_convert.checkpoint.dcp import read_dcp
 from distbn_convert.errors import CheckpointError, OutputExistsError, ReadError, RefusedError
 
@@ -102,6 +103,15 @@ def test_pieces_that_are_no_tensors_are_copied_unopened(folder: Path, tmp_path: 
     (folder / "__0_0.distcp").write_bytes(data[: info.offset] + piece + data[stop:])
     convert(folder, tmp_path / "virtual", virtual(training_state()))
     assert piece in (tmp_path / "virtual" / "__0_0.distcp").read_bytes()
+
+
+def test_weights_beside_the_pieces_are_told(folder: Path, tmp_path: Path) -> None:
+    for name in ("ema.pt", "meta.pt"):  # Lightning's meta.pt holds none
+        (folder / name).touch()
+    (warning,) = convert_checkpoint(folder, tmp_path / "out", 2).warnings
+    assert warning == "ema.pt beside the weights was not looked into."
+    with pytest.raises(RefusedError, match=r"ema\.pt.* Refused because of --strict"):
+        convert_checkpoint(folder, tmp_path / "strict", 2, strict=True)
 
 
 def test_a_folder_is_converted_in_place(folder: Path, tmp_path: Path) -> None:

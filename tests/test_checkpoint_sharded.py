@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distbn_convert.checkpoint import convert_checkpoint, revert_checkpoint, shard_index
+from distbn_convert.checkpoint.beside import other_weights
 from distbn_convert.checkpoint.shard_index import ShardIndex, read_index
 from distbn_convert.checkpoint.sharded import (
-    other_weights,
     read_accelerate,
     write_accelerate,
     write_sharded,
@@ -398,9 +398,23 @@ def test_files_that_may_hold_other_weights_are_listed(tmp_path: Path) -> None:
     weights = ["ema.bin", "ema.pt", "model.safetensors", "pytorch_model.bin"]
     accelerates = ["optimizer_1.bin", "scheduler.bin", "dl_state_dict.bin", "scaler.pt"]
     trainers = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"]
-    for name in (*weights, "own.bin", *accelerates, *trainers, "training_args.bin"):
+    lightnings = ["meta.pt"]
+    for name in (*weights, "own.bin", *accelerates, *trainers, *lightnings, "training_args.bin"):
         (tmp_path / name).touch()
     assert other_weights(tmp_path, ["own.bin"]) == weights
+
+
+def test_weights_in_a_folder_below_are_told_too(tmp_path: Path) -> None:
+    """As those of a Trainer's earlier steps, which are carried over as they are."""
+    earlier = tmp_path / "in" / "checkpoint-500"
+    earlier.mkdir(parents=True)
+    for folder in (earlier.parent, earlier):
+        save_file(bn_state(), folder / "model.safetensors")
+        (folder / "optimizer.pt").touch()
+    (warning,) = convert_checkpoint(tmp_path / "in", tmp_path / "out", 2).warnings
+    assert warning == "checkpoint-500/model.safetensors beside the weights was not looked into."
+    with pytest.raises(RefusedError, match=r"checkpoint-500.* Refused because of --strict"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "strict", 2, strict=True)
 
 
 def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:

@@ -1,16 +1,48 @@
-"""Files that folders have beside their weights, compared as they are."""
+"""Files that folders have beside their weights: other weights, and all compared as they are."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .places import access_error, raise_unreadable
 from .readback import same_bytes_of
 from .temporaries import is_temporary
 
-__all__ = ["files_beside", "same_content"]
+__all__ = ["files_beside", "not_looked_into", "other_weights", "same_content"]
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
+# What accelerate, the Trainer of transformers and Lightning save beside them.
+_NO_WEIGHTS = (
+    *("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "dl_state_dict*.bin", "scaler.pt"),
+    *("optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin", "meta.pt"),
+)
+
+
+def not_looked_into(folder: Path, own: Collection[str]) -> list[str]:
+    """Return a sentence about :func:`other_weights`, if there are any."""
+    others = other_weights(folder, own)
+    if not others:
+        return []
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    verb = "were" if more else "was"
+    return [f"{others[0]}{more} beside the weights {verb} not looked into."]
+
+
+def other_weights(folder: Path, own: Collection[str]) -> list[str]:
+    """List files of a folder and below that look like weights and are not among ``own``.
+
+    What the system does not tell is left out.
+    """
+
+    def fits(path: Path, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+    paths = [path for path in folder.rglob("*") if fits(path, _WEIGHTS)]
+    names = {path.relative_to(folder).as_posix() for path in paths if not fits(path, _NO_WEIGHTS)}
+    return sorted(names.difference(own))
 
 
 def files_beside(path: Path, own: Collection[Path]) -> dict[str, Path]:

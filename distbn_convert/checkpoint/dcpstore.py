@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from .beside import not_looked_into
 from .compare import same_bits
 from .dcp import DcpFolder, read_dcp, write_dcp
 from .dcp_metadata import METADATA
@@ -30,7 +31,8 @@ class DcpStore:
         self.path, self.folder = path, read_dcp(path)
         self.metadata = None
         self.opaque_globals: list[str] = []
-        self.concerns: list[str] = []
+        pieces = self.folder.metadata.storage_data.values()
+        self.concerns = not_looked_into(path, {info.relative_path for info in pieces})
         self.warnings: list[str] = []
         specs = specs_of_header(self.folder.header)
         self.tensors = len(specs)
@@ -44,7 +46,6 @@ class DcpStore:
             if name in specs:
                 self._names[place] = name
                 self._specs[where][key] = specs[name]
-        pieces = self.folder.metadata.storage_data.values()
         if len({info.relative_path.split("_0")[0] for info in pieces}) > 1:
             self.warnings.append(
                 "several ranks wrote the folder, and torch takes each BatchNorm statistic from one "

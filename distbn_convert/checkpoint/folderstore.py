@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .beside import not_looked_into
 from .checksums import check_zip
 from .flatstore import check_rewritten, read_numbers, specs_of_header
 from .groups import KeyPath, TensorSpec
 from .header import Header, merged_metadata
 from .shard_index import read_index
-from .sharded import other_weights, read_accelerate, write_accelerate, write_sharded
+from .sharded import read_accelerate, write_accelerate, write_sharded
 from .stores import Mappings, Place, ReadOptions, WriteOptions, read_back_error
 from .zips import starts_as_zip
 
@@ -36,13 +37,8 @@ class _FolderStore:
         # None where all shards are torch's, which have no place for any.
         self.metadata = merged_metadata(flat) or {} if flat else None
         self.opaque_globals: list[str] = []
-        self.concerns: list[str] = []
+        self.concerns = not_looked_into(folder, headers)
         self.warnings: list[str] = []
-        others = other_weights(folder, headers)
-        if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            verb = "were" if more else "was"
-            self.concerns.append(f"{others[0]}{more} beside the weights {verb} not looked into.")
 
     def place(self, path: KeyPath, key: Any) -> tuple[Path, Header]:
         """Return the file that has a tensor, and its header."""

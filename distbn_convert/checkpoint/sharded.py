@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -22,19 +21,7 @@ from .stream import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "other_weights",
-    "read_accelerate",
-    "write_accelerate",
-    "write_sharded",
-]
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
-# What accelerate and the Trainer of transformers save beside them.
-_NO_WEIGHTS = (
-    *("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "dl_state_dict*.bin", "scaler.pt"),
-    *("optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin"),
-)
+__all__ = ["read_accelerate", "write_accelerate", "write_sharded"]
 
 
 def write_sharded(
@@ -156,13 +143,3 @@ def write_accelerate(
         name: headers[name].size + _growth(headers[name], new) for name, new in replacements.items()
     }
     return write_folder(src, dst, writers, sizes, options)
-
-
-def other_weights(folder: Path, own: Collection[str]) -> list[str]:
-    """List files of a folder that look like weights and are not among ``own``, for a warning."""
-
-    def fits(name: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
-
-    names = {path.name for path in folder.iterdir()}.difference(own)
-    return sorted(name for name in names if fits(name, _WEIGHTS) and not fits(name, _NO_WEIGHTS))
