@@ -200,6 +200,21 @@ def test_a_place_that_cannot_hold_a_file_is_told(
     assert names(tmp_path) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
+def test_a_pipe_that_is_open_is_told_as_one() -> None:
+    """As ``/dev/stdout`` is, which leads to a name in ``/proc`` that is none."""
+    reader, writer = os.pipe()
+    try:
+        with (
+            pytest.raises(FileAccessError, match="it is not a regular file"),
+            atomic_output(f"/proc/self/fd/{writer}", expected_bytes=1),
+        ):
+            raise AssertionError
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 @pytest.mark.parametrize("length", [200, 255])
 def test_the_longest_name_of_the_file_system_is_fine(tmp_path: Path, length: int) -> None:
     with atomic_output(tmp_path / ("é" * (length // 2) + "a" * (length % 2)), overwrite=True):

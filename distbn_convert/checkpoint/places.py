@@ -173,7 +173,7 @@ def output_place(path: StrPath, *, folder: bool, overwrite: bool) -> Path:
         )
     if not stat.S_ISDIR(parent.st_mode):
         raise _refusal(errno.ENOTDIR, f"cannot write {path}: {target.parent} is not a folder.")
-    existing = stat_or_none(target)
+    existing = stat_or_none(path)  # of an open pipe, target is a name in /proc that is none
     if existing is not None:
         _check_kind(path, existing.st_mode, folder)
         if not overwrite:
