@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .places import access_error, raise_unreadable
+from .places import access_error, and_more, raise_unreadable
 from .readback import same_bytes_of
 from .temporaries import is_temporary
 
@@ -26,9 +26,8 @@ def not_looked_into(folder: Path, own: Collection[str]) -> list[str]:
     others = other_weights(folder, own)
     if not others:
         return []
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    verb = "were" if more else "was"
-    return [f"{others[0]}{more} beside the weights {verb} not looked into."]
+    verb = "were" if len(others) > 1 else "was"
+    return [f"{and_more(others)} beside the weights {verb} not looked into."]
 
 
 def other_weights(folder: Path, own: Collection[str]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .groups import PLAIN, KeyPath, dotted, key_name
 from .opaque import InertGlobal, InertObject, opaque_pickle
+from .places import and_more
 
 __all__ = ["differences", "first_difference", "same_bits"]
 
@@ -199,6 +200,5 @@ def _how_keys_differ(parts: Parts, others: Parts) -> str:
     for names, others_names, which in ((first, second, "first"), (second, first, "second")):
         only = [key_name(key) for key in names if key not in others_names]
         if only:
-            more = f" and {len(only) - 1} more" if len(only) > 1 else ""
-            return f"only the {which} has {only[0]}{more}"
+            return f"only the {which} has {and_more(only)}"
     return "the same keys in another order"

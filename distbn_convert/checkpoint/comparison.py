@@ -15,6 +15,7 @@ from .beside import files_beside, same_content
 from .compare import differences, same_bits
 from .groups import Group, KeyPath, dotted
 from .header import PIECES
+from .places import and_more
 from .side import Side
 from .stores import Place, Store
 from .torchstore import TreeStore
@@ -74,8 +75,7 @@ class Comparison:
         """Tell what either has that was not compared."""
         for names, side, other in zip(self._alone, self.sides, self.sides[::-1], strict=True):
             if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                yield f"{names[0]}{more} in {side.path} had no counterpart in {other.path}."
+                yield f"{and_more(names)} in {side.path} had no counterpart in {other.path}."
 
     def _place(self, number: int, path: KeyPath, key: Any) -> Hashable | None:
         """Name a place alike in both; None if it is outside of the sub-tree.

@@ -14,6 +14,7 @@ from .flatstore import FlatStore
 from .folderstore import AccelerateStore, ShardedStore
 from .groups import Group, KeyPath, Specs, dotted, find_groups, key_name
 from .header import Header, merged_metadata
+from .places import and_more
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
 from .temporaries import is_temporary
@@ -76,12 +77,9 @@ def for_safetensors(
     """
     path, tensors = _tensors(store, replacements, state, "safetensors holds")
     strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
-    if len(strided) == 1:
-        options.note(f"{strided[0]} is made contiguous for safetensors.")
-    elif strided:
-        options.note(
-            f"{strided[0]} and {len(strided) - 1} more are made contiguous for safetensors."
-        )
+    if strided:
+        verb = "are" if len(strided) > 1 else "is"
+        options.note(f"{and_more(strided)} {verb} made contiguous for safetensors.")
     _note_left_out(store, options)
     return tensors, {"format": "pt", **(merged_metadata(_headers(store, path)) or {})}
 

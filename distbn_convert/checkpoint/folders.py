@@ -12,6 +12,7 @@ from ..errors import CheckpointError, OutputExistsError
 from .places import (
     StrPath,
     access_error,
+    and_more,
     check_space,
     find_disk_full,
     output_place,
@@ -130,10 +131,9 @@ def check_nothing_lost(path: StrPath, old: Path, new: Collection[str]) -> None:
     """
     lost = sorted(_entries(old).difference(new))
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise OutputExistsError(
             f"{path} was left alone, because it holds what the new folder would not: "
-            f"{', '.join(lost[:3])}{more}; remove that first, or give another name."
+            f"{and_more(lost, 3)}; remove that first, or give another name."
         )
 
 

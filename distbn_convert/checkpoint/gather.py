@@ -13,7 +13,7 @@ from .intact import check_checksums
 from .job import Job
 from .keywords import Unpack, WritingKeywords, shows_options
 from .options import Options
-from .places import StrPath, as_path
+from .places import StrPath, and_more, as_path
 from .report import CheckpointReport
 from .stores import Store, open_store
 from .survey import Survey, survey
@@ -157,5 +157,5 @@ def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -
     paths = [path for path, _ in differences(trees[0], trees[-1]) if path not in compared]
     found = [dotted(path) or "its keys" for path in paths]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        yield f"{src} differs from the first file in {found[0]}{more}; the first file's were taken."
+        where = and_more(found)
+        yield f"{src} differs from the first file in {where}; the first file's were taken."

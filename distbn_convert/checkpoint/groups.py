@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from .places import and_more
 
 __all__ = [
     "PLAIN",
@@ -203,9 +205,8 @@ def find_groups(specs: Specs, path: KeyPath = ()) -> list[Group | LookAlike]:
 def _judge(specs: Specs, path: KeyPath, prefix: str, names: set[str]) -> Group | LookAlike:
     strangers = sorted(names - _NAMES)
     if strangers:
-        shown = ", ".join(f'"{name}"' for name in strangers[:3])
-        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
-        return LookAlike(path, prefix, f"has running_mean but also {shown}{more}: not BatchNorm")
+        also = and_more([f'"{name}"' for name in strangers], 3)
+        return LookAlike(path, prefix, f"has running_mean but also {also}: not BatchNorm")
     if None in [specs[prefix + name] for name in ("running_mean", "running_var") if name in names]:
         return LookAlike(path, prefix, _NOT_PLAIN)
     return _group(specs, path, prefix)
@@ -307,12 +308,7 @@ def _underscore_prefixes(found: Mapping[str, Group | LookAlike]) -> Iterator[str
 
 def describe(look_alikes: Sequence[LookAlike]) -> list[str]:
     """Return one warning for each reason, with the number of groups and the first names."""
-    reasons = Counter(item.reason for item in look_alikes)
-    first = {item.reason: item for item in reversed(look_alikes)}
-    lines = []
-    for reason, number in reasons.items():
-        item = first[reason]
-        where = dotted((*item.path, item.prefix[:-1])) or "(top level)"
-        more = f" and {number - 1} more" if number > 1 else ""
-        lines.append(f"{where}{more} left alone: {reason}.")
-    return lines
+    names: dict[str, list[str]] = defaultdict(list)
+    for item in look_alikes:
+        names[item.reason].append(dotted((*item.path, item.prefix[:-1])) or "(top level)")
+    return [f"{and_more(where)} left alone: {reason}." for reason, where in names.items()]

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TypeGuard
@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigurationError, FileAccessError, Outpu
 __all__ = [
     "StrPath",
     "access_error",
+    "and_more",
     "as_path",
     "check_space",
     "find_disk_full",
@@ -59,6 +60,12 @@ def human_size(count: int) -> str:
     while power < len(_UNITS) and round(count / 1000**power, 1) >= 1000:
         power += 1
     return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
+
+
+def and_more(names: Sequence[str], shown: int = 1) -> str:
+    """Return the first names, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def access_error(

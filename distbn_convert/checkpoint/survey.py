@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import NothingToDoError, ReadError, RefusedError
 from .groups import Group, LookAlike, Selection, describe, find_groups, key_name
+from .places import and_more
 from .report import GroupReport
 from .spread import count_nonfinite, largest_count, measure_spread
 from .stores import Store
@@ -121,8 +122,7 @@ def _tell_skipped(result: Survey) -> None:
     ):
         names = [group.full_name for group, reason in result.skipped if reason.startswith(marker)]
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            result.concerns.append(f"{names[0]}{more} are {what}.")
+            result.concerns.append(f"{and_more(names)} are {what}.")
     uncounted = [group for group in result.chosen if not group.counted]
     if uncounted:
         result.notes.append(
