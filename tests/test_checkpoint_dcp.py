@@ -16,7 +16,13 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from distbn_convert.checkpoint import convert_checkpoint
 from distbn_convert.checkpoint.dcp import read_dcp
-from distbn_convert.errors import CheckpointError, OutputExistsError, ReadError, RefusedError
+from distbn_convert.errors import (
+    CheckpointError,
+    ConfigurationError,
+    OutputExistsError,
+    ReadError,
+    RefusedError,
+)
 
 from .dcp_folders import (
     BN_KEYS,
@@ -112,6 +118,14 @@ def test_weights_beside_the_pieces_are_told(folder: Path, tmp_path: Path) -> Non
     assert warning == "ema.pt beside the weights was not looked into."
     with pytest.raises(RefusedError, match=r"ema\.pt.* Refused because of --strict"):
         convert_checkpoint(folder, tmp_path / "strict", 2, strict=True)
+
+
+def test_a_folder_may_be_named_as_lightning_names_its_own(folder: Path, tmp_path: Path) -> None:
+    report = convert_checkpoint(folder, tmp_path / "last.ckpt", 2)
+    assert report.output is not None
+    assert report.output.format == "dcp"
+    with pytest.raises(ConfigurationError, match=r"would be dcp, but last.pth is named as a file"):
+        convert_checkpoint(folder, tmp_path / "last.pth", 2)
 
 
 def test_a_folder_is_converted_in_place(folder: Path, tmp_path: Path) -> None:
