@@ -154,11 +154,13 @@ _CODE = _digest_code()
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a mode, a transform or a kind of tensor must see the operators.
+    """Whether a compiler, a mode, a transform or a kind of tensor must see the operators.
 
     Where none does, the backend is called directly: the dispatcher and the way back into
     Python cost as much as a small layer.
     """
+    if torch.compiler.is_compiling():  # a backward, by compiled autograd
+        return True
     for tensor in tensors:  # a loop, as any() would take longer than all else here
         if type(tensor) not in _PLAIN_TYPES:
             return True

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
@@ -231,3 +232,18 @@ def test_a_compiled_checkpoint_computes_again_and_updates_once(impl: str) -> Non
     twin(leaves[1].cos()).sin().exp().sum().backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
     torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
+@EPILOGUE
+def test_compiled_autograd_takes_the_backward_of_an_eager_layer_whole(
+    added: bool, relu: bool
+) -> None:
+    case = make_case(added)
+    leaves = [leaf for leaf in case if leaf is not None]
+    settings: Any = {"vt_world_size": 3, "activation": "relu" if relu else None}
+    output = dist_batch_norm(case[0], None, None, *case[1:3], residual=case[3], **settings).sin()
+    upstream = torch.randn_like(output)
+    expected = torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        output.backward(upstream)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
