@@ -163,10 +163,10 @@ class VirtualDistributedSampler(Sampler[list[int]]):
 
     def _deal(self) -> Tensor:
         """Return the samples of this process's ranks, ``int64 Tensor[V * A, num_samples]``."""
-        order = torch.arange(len(self.dataset))
+        order = torch.arange(len(self.dataset), device="cpu")
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(self.dataset), generator=generator)
+            order = torch.randperm(len(self.dataset), generator=generator, device="cpu")
         total = self.num_samples * self.num_ranks
         if total > len(order):
             order = order.repeat(-(-total // len(order)))

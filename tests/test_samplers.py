@@ -117,6 +117,14 @@ def test_it_drives_a_data_loader() -> None:
     assert len(loader) == 3
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_it_deals_alike_whatever_the_default_device(shuffle: bool) -> None:
+    sampler = VirtualDistributedSampler(range(20), 2, 2, shuffle=shuffle)
+    expected = list(sampler)
+    with torch.device("meta"):
+        assert list(sampler) == expected
+
+
 def test_it_is_freed_at_once_and_a_copy_is_told_the_epoch() -> None:
     """With the data set, which may fill the memory."""
     sampler = VirtualDistributedSampler(range(40), 5, 4)
