@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ for _name in ("batch_norm", "batch_norm_decomposed"):
     _LIBRARY.define(_name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias,"
-    " Tensor? output, Tensor mean, Tensor rstd, int vt_world_size, bool interleaved, bool relu)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? output, Tensor mean, Tensor rstd, int vt_world_size, bool interleaved, bool relu,"
+    ' *, str code="") -> (Tensor, Tensor, Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -76,7 +77,9 @@ def _batch_norm_operator(*args: Any, code: str = "") -> tuple[Tensor, Tensor, Te
     return _batch_norm(*map(_without_class, args))
 
 
-def _batch_norm_backward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _batch_norm_backward_operator(
+    *args: Any, code: str = ""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An operator cannot return None; 0 elements stand for it."""
     grad_output, *saved = map(_without_class, args)
     dx, dw, db, grad_residual = _batch_norm_backward(grad_output, *saved)
@@ -120,6 +123,8 @@ def _batch_norm_backward_fake(
     vt_world_size: int,
     interleaved: bool,
     relu: bool,
+    *,
+    code: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masked = relu and output is not None
     grad_residual = torch.empty_like(input) if masked else input.new_empty((0,))
@@ -131,11 +136,6 @@ torch.library.register_fake("distbn_convert::batch_norm", _batch_norm_fake, lib=
 torch.library.register_fake(
     "distbn_convert::batch_norm_backward", _batch_norm_backward_fake, lib=_LIBRARY
 )
-
-_Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
-_FORWARD: _Operator = torch.ops.distbn_convert.batch_norm.default
-_DECOMPOSED: _Operator = torch.ops.distbn_convert.batch_norm_decomposed.default
-_BACKWARD = torch.ops.distbn_convert.batch_norm_backward.default
 
 # With this one, the modules whose code makes the graphs of the operators.
 _GRAPH_MODULES = kernels, reference, partition, layout
@@ -150,7 +150,11 @@ def _digest_code() -> str:
     return digest.hexdigest()[:16]
 
 
+_Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
 _CODE = _digest_code()
+_FORWARD: _Operator = partial(torch.ops.distbn_convert.batch_norm.default, code=_CODE)
+_DECOMPOSED: _Operator = partial(torch.ops.distbn_convert.batch_norm_decomposed.default, code=_CODE)
+_BACKWARD = partial(torch.ops.distbn_convert.batch_norm_backward.default, code=_CODE)
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -390,5 +394,5 @@ def batch_norm(
         return reference.forward(input, weight, bias, residual, *rest)[0]
     if compiling:
         operator = _DECOMPOSED if _decomposes(impl, input) else _FORWARD
-        return operator(input, weight, bias, residual, *rest, code=_CODE)[0]
+        return operator(input, weight, bias, residual, *rest)[0]
     return _BatchNorm.apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
