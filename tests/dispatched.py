@@ -35,13 +35,14 @@ _MOST_SIZES = launch._MOST_SIZES
 class AbsentDevice:
     """What Triton asks of a driver before it launches."""
 
-    capability = 90
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return -1  # nothing that is compiled for it is taken for a real one's
+        return -self.capability  # so that nothing that is compiled for it is taken for another's
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -51,6 +52,7 @@ class RecordingDevice(AbsentDevice):
     """A driver that launches nothing, and keeps what it should have launched."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.launches: list[tuple[Any, ...]] = []
         self.at_once: set[str] = set()  # kernels all of whose programs must run at once
         self.utils = self  # what Triton loads compiled kernels with
@@ -153,10 +155,8 @@ def nothing_launched() -> Iterator[list[str]]:
         compiled.append(self.fn.__name__)
         run(self, *args, **kwargs | {"warmup": True})  # returns nothing that could be launched
 
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        AbsentDevice.capability = 10 * major + minor
-    driver.set_active(AbsentDevice())
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    driver.set_active(AbsentDevice(10 * major + minor))
     JITFunction.run = compile_only
     try:
         yield compiled

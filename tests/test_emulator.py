@@ -54,6 +54,10 @@ def through_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return x.bfloat16().float()
 
 
+def square_plus(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x.double() * x.double() + y.double()).float()
+
+
 NARROW = "%rd9, %rd9, 32;\ncvt.u32.u64 %r9, %rd9;"
 EXTRACTED = "%rd9, %rd9, 9, 40;\ncvt.u32.u64 %r9, %rd9;"
 PAIR = "cvt.rn.bf16x2.f32 %r7, %r8, 0f3F800000;\nmov.b32 {%rs1, %rs2}, %r7;\n"
@@ -99,12 +103,17 @@ def test_integers_compute_as_the_manual_says(body: str, expected: Any) -> None:
 
 
 TINY = torch.finfo(torch.float32).tiny
+# Of a pair of %r8 and one, and another pair; the lower of the results, then the higher.
+PAIRS = "mov.b64 %rd7, {{%r8, 0f3F800000}};\nmov.b64 %rd8, {{0f40400000, %r8}};\n{};\n".format
+LOWER, HIGHER = "mov.b64 {%r9, %r7}, %rd9;", "mov.b64 {%r7, %r9}, %rd9;"
+BFLOAT, HALF = "cvt.rn.bf16.f32 %rs1, %r8;\n", "cvt.rn.f16.f32 %rs1, %r8;\n"
+THREE = torch.tensor(3.0)
 WHERE = "%p5, %r8, %r8;\nselp.f32 %r9, 0f3F800000, %r8, %p5;"
 FLOATS = [
     ("add.f32 %r9, %r8, 0f3F800000;", lambda x: x + 1),
     ("mul.f32 %r9, %r8, %r8;", lambda x: x * x),
     ("neg.f32 %r9, %r8;", lambda x: -x),
-    ("fma.rn.f32 %r9, %r8, %r8, %r8;", lambda x: (x.double() * x.double() + x.double()).float()),
+    ("fma.rn.f32 %r9, %r8, %r8, %r8;", lambda x: square_plus(x, x)),
     ("div.rn.f32 %r9, %r8, 0f40400000;", lambda x: x / 3),
     ("div.rn.ftz.f32 %r9, %r8, 0f40400000;", lambda x: torch.where(x.abs() < TINY, x * 0, x) / 3),
     ("div.full.f32 %r9, %r8, %r8;", lambda x: x / x * (1 + 2.0**-22)),
@@ -113,10 +122,17 @@ FLOATS = [
     ("max.NaN.f32 %r9, %r8, 0f00000000;", lambda x: torch.maximum(x, torch.zeros(()))),
     (f"setp.ne.f32 {WHERE}", lambda x: x),
     (f"setp.neu.f32 {WHERE}", lambda x: torch.where(x.isnan(), 1.0, x)),
-    ("cvt.rn.bf16.f32 %rs1, %r8;\ncvt.f32.bf16 %r9, %rs1;", through_bfloat16),
-    ("cvt.rn.f16.f32 %rs1, %r8;\ncvt.f32.f16 %r9, %rs1;", lambda x: x.half().float()),
+    (BFLOAT + "cvt.f32.bf16 %r9, %rs1;", through_bfloat16),
+    (HALF + "cvt.f32.f16 %r9, %rs1;", lambda x: x.half().float()),
     (PAIR + "cvt.f32.bf16 %r9, %rs2;", through_bfloat16),
     (PAIR + "cvt.f32.bf16 %r9, %rs1;", torch.ones_like),
+    (BFLOAT + "add.rn.f32.bf16 %r9, %rs1, %r8;", lambda x: through_bfloat16(x) + x),
+    (HALF + "sub.rn.f32.f16 %r9, %rs1, %r8;", lambda x: x.half().float() - x),
+    (PAIRS("add.f32x2 %rd9, %rd7, %rd8") + LOWER, lambda x: x + 3),
+    (PAIRS("sub.rn.f32x2 %rd9, %rd7, %rd8") + HIGHER, lambda x: 1 - x),
+    (PAIRS("mul.f32x2 %rd9, %rd7, %rd8") + LOWER, lambda x: x * 3),
+    (PAIRS("fma.rn.f32x2 %rd9, %rd7, %rd7, %rd8") + LOWER, lambda x: square_plus(x, THREE)),
+    (PAIRS("fma.rn.f32x2 %rd9, %rd7, %rd7, %rd8") + HIGHER, lambda x: 1 + x),
 ]  # fmt: skip
 
 

@@ -76,6 +76,28 @@ def test_compiled_kernels_agree_with_the_definition(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capability", [75, 100])
+def test_what_other_devices_run_agrees_with_the_definition(
+    capability: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before hints to L2, and with instructions for two floats and for two types at once."""
+    monkeypatch.setattr(launch, "select_kernel", force(kind))
+    targets = set()
+
+    def look(text: str) -> str:
+        targets.update(re.findall(r"\.target sm_(\d+)", text))
+        return text
+
+    with emulated_device(ROOM, look, capability):
+        for case in CASES[1::3]:
+            monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
+            torch.manual_seed(0)
+            check(case, make(case))
+    assert targets == {str(capability)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_for_every_size_agree_with_the_definition(
     kind: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,24 +103,31 @@ def test_what_a_triton_must_be(
     check(caplog, missing)
 
 
+LEAST = "compute capability 8.0 (or 7.5 with DISTBN_GPU_KERNEL=on)"
+
+
 @can_compile
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize(
-    ("capability", "cuda", "missing"),
+    ("capability", "cuda", "switch", "missing"),
     [
-        ((8, 0), "12.8", None),
-        ((12, 0), "13.0", None),
-        ((7, 5), "12.8", "they need compute capability 8.0, and cuda:1 has 7.5"),
-        ((9, 0), None, "the device is not NVIDIA's"),
+        ((8, 0), "12.8", "", None),
+        ((12, 0), "13.0", "", None),
+        ((7, 5), "12.8", "", f"they need {LEAST}, and cuda:1 has 7.5"),
+        ((7, 5), "12.8", "On", None),
+        ((7, 0), "12.8", "on", f"they need {LEAST}, and cuda:1 has 7.0"),
+        ((9, 0), None, "on", "the device is not NVIDIA's"),
     ],
 )
 def test_what_a_device_must_be(
     capability: tuple[int, int],
     cuda: str | None,
+    switch: str,
     missing: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setenv("DISTBN_GPU_KERNEL", switch)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     check(caplog, missing, "INFO")

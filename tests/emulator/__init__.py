@@ -19,13 +19,14 @@ __all__ = ["Launch", "Program", "emulated_device", "parse"]
 
 @contextmanager
 def emulated_device(
-    room: int, edit: Callable[[str], str] = lambda text: text
+    room: int, edit: Callable[[str], str] = lambda text: text, capability: int = 90
 ) -> Iterator[list[Launch]]:
     """Run every launch of a Triton kernel here, on tensors of the CPU.
 
     Args:
         room: how many programs of a launch run at once.
         edit: changes a kernel's PTX. Default: nothing
+        capability: ten times the compute capability of what is compiled for. Default: 90
 
     Yields:
         the launches that have run.
@@ -50,7 +51,7 @@ def emulated_device(
         # Returns nothing, so that it is asked at every call.
 
     JITFunction.run = emulate
-    driver.set_active(AbsentDevice())
+    driver.set_active(AbsentDevice(capability))
     try:
         yield launches
     finally:

@@ -159,6 +159,8 @@ def _function(kind: str, how: list[str], dtype: str) -> tuple[Any, list[str], st
         return _flushed_quotient, ["f32"] * 2, "f32"
     if (kind, dtype, how) == ("add", "s16x2", []):
         return _add_halves, ["b32"] * 2, "b32"
+    if kind in ("add", "sub") and dtype in ("f16", "bf16") and how == ["f32"]:  # since sm_100
+        return lambda a, b: _BINARY[kind](a.astype(np.float32), b), [dtype, "f32"], "f32"
     if kind in _BINARY and not how:
         return _BINARY[kind], [dtype] * 2, dtype
     if kind in ("max", "min") and how in ([], ["NaN"]):

@@ -71,9 +71,11 @@ def dtype_of(register: str) -> Any:
 
 
 def number_of(bits: Array, kind: str) -> Array:
-    """Take bits for a number; bfloat16 widens to float32."""
+    """Take bits for a number; bfloat16 widens to float32, pairs gain an axis ``[threads, 2]``."""
     if kind == "pred":
         return bits.astype(bool)
+    if kind == "f32x2":
+        return np.atleast_1d(bits).view(np.float32).reshape(-1, 2)
     if kind == "bf16":
         return (bits.astype(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     dtype = TYPES[kind]
@@ -92,6 +94,8 @@ def bits_of(value: Array, kind: str) -> Array:
         return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
     if kind == "pred":
         return value.astype(bool)
+    if kind == "f32x2":
+        return np.ascontiguousarray(bits_of(value, "f32")).view(np.uint64).reshape(-1)
     value = value.astype(TYPES[kind])
     bits = value.view(f"u{value.dtype.itemsize}")
     if kind in _NAN and np.isnan(value).any():

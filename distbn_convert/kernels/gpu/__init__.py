@@ -6,19 +6,18 @@ what they share. Triton is imported at the first CUDA tensor.
 
 ``DISTBN_GPU_KERNEL=off`` in the environment switches them off: then CUDA tensors are
 :mod:`..native`'s. So is ``float64``, and everything on a GPU that Triton's kernels were not
-compiled for (compute capability below 8.0, or not NVIDIA's) or where Triton cannot compile or
-launch them, see :mod:`.available`; an empty batch is :mod:`..reference`'s.
+compiled for (compute capability below 8.0, or not NVIDIA's; ``DISTBN_GPU_KERNEL=on`` tries 7.5) or
+where Triton cannot compile or launch them, see :mod:`.available`; an empty batch is
+:mod:`..reference`'s.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .available import SWITCH, runs_on
+from .available import SWITCH, runs_on, switch
 
 __all__ = ["SWITCH", "backward", "forward", "supports"]
 
@@ -27,7 +26,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def supports(input: Tensor) -> bool:
     """Say whether this backend takes ``input``."""
-    if not input.is_cuda or os.environ.get(SWITCH, "").lower() == "off":
+    if not input.is_cuda or switch() == "off":
         return False
     return input.dtype in _DTYPES and runs_on(input.device)
 

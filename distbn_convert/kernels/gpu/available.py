@@ -10,14 +10,22 @@ from functools import cache
 
 import torch
 
-__all__ = ["LEAST_TRITON", "SWITCH", "runs_on"]
+__all__ = ["LEAST_TRITON", "SWITCH", "runs_on", "switch"]
 
 logger = logging.getLogger(__name__)
 
+# In the environment: "off" switches the kernels off, "on" tries them where they have never run.
 SWITCH = "DISTBN_GPU_KERNEL"
 # Of torch 2.8. Older ones take no named tuples as arguments.
 LEAST_TRITON = (3, 4)
 _LEAST_CAPABILITY = (8, 0)
+# Tried only where the switch says so: compiled for and emulated, but never run on.
+_UNTRIED_CAPABILITY = (7, 5)
+
+
+def switch() -> str:
+    """Return what the switch is set to, in lower case; empty where it is not."""
+    return os.environ.get(SWITCH, "").lower()
 
 
 @cache
@@ -55,9 +63,10 @@ def _missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
+    if capability < (_UNTRIED_CAPABILITY if switch() == "on" else _LEAST_CAPABILITY):
         return (
-            f"they need compute capability 8.0, and {device} has {'.'.join(map(str, capability))}"
+            f"they need compute capability 8.0 (or 7.5 with {SWITCH}=on), and {device} has "
+            f"{'.'.join(map(str, capability))}"
         )
     return None
 
