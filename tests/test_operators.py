@@ -222,6 +222,7 @@ def test_code_that_differs_is_told_from_this(module: str, tmp_path: Path) -> Non
     assert seen[0] == seen[1] != seen[2]
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # 2.6 of its own cache
 @pytest.mark.parametrize("impl", ["op", "decomposed"])
 def test_a_compiled_checkpoint_computes_again_and_updates_as_often_as_a_plain_one(
     impl: str,
