@@ -54,16 +54,20 @@ def launches() -> Iterator[list[Launch]]:
         yield launches
 
 
+def check_all(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in cases:
+        monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
+        torch.manual_seed(0)
+        check(case, make(case))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_kernels_agree_with_the_definition(
     kind: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "select_kernel", force(kind))
-    for case in CASES:
-        monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
-        torch.manual_seed(0)
-        check(case, make(case))
+    check_all(CASES, monkeypatch)
     words = kind == "pipelined"
     check_nan(**(WORDS if words else {}))
     check_underflow(last=words)
@@ -89,10 +93,7 @@ def test_what_other_devices_run_agrees_with_the_definition(
         return text
 
     with emulated_device(ROOM, look, capability):
-        for case in CASES[1::3]:
-            monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
-            torch.manual_seed(0)
-            check(case, make(case))
+        check_all(CASES[1::3], monkeypatch)
     assert targets == {str(capability)}
 
 
@@ -103,9 +104,7 @@ def test_kernels_for_every_size_agree_with_the_definition(
 ) -> None:
     monkeypatch.setattr(launch, "_MOST_SIZES", 0)
     monkeypatch.setattr(launch, "select_kernel", force(kind))
-    for case in DIVIDED:
-        monkeypatch.setattr(launch, "_NARROW", 0 if case.wide else 2**31 - 2**20)
-        check(case, make(case))
+    check_all(DIVIDED, monkeypatch)
     assert not launch._sizes
     assert len(launches) >= 2 * len(DIVIDED)
 
