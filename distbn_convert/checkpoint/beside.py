@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .places import access_error, and_more, raise_unreadable
+from .places import access_error, raise_unreadable
 from .readback import same_bytes_of
 from .temporaries import is_temporary
+from .words import and_more
 
 __all__ = ["files_beside", "not_looked_into", "other_weights", "same_content"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .groups import PLAIN, KeyPath, dotted, key_name
 from .opaque import InertGlobal, InertObject, opaque_pickle
-from .places import and_more
+from .words import and_more
 
 __all__ = ["differences", "first_difference", "same_bits"]
 

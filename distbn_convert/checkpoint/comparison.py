@@ -15,10 +15,10 @@ from .beside import files_beside, same_content
 from .compare import differences, same_bits
 from .groups import Group, KeyPath, dotted
 from .header import PIECES
-from .places import and_more
 from .side import Side
 from .stores import Place, Store
 from .torchstore import TreeStore
+from .words import and_more
 
 __all__ = ["Comparison"]
 

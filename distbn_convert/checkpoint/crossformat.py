@@ -14,13 +14,13 @@ from .flatstore import FlatStore
 from .folderstore import AccelerateStore, ShardedStore
 from .groups import Group, KeyPath, Specs, dotted, find_groups, key_name
 from .header import Header, merged_metadata
-from .places import and_more
 from .save import write_flat
 from .stores import ReadOptions, Store, WriteOptions
 from .temporaries import is_temporary
 from .torchfile import TorchFile
 from .torchstore import TreeStore, write_tree
 from .tree import node_at, spec_of, walk_leaves
+from .words import and_more
 
 __all__ = ["for_safetensors", "write_as"]
 

@@ -12,7 +12,6 @@ from ..errors import CheckpointError, OutputExistsError
 from .places import (
     StrPath,
     access_error,
-    and_more,
     check_space,
     find_disk_full,
     output_place,
@@ -23,6 +22,7 @@ from .places import (
 )
 from .rename import exchange, rename_to_free_name
 from .temporaries import new_temporary, remove_stale, remove_temporary
+from .words import and_more
 
 __all__ = ["atomic_folder", "check_nothing_lost"]
 

@@ -13,11 +13,12 @@ from .intact import check_checksums
 from .job import Job
 from .keywords import Unpack, WritingKeywords, shows_options
 from .options import Options
-from .places import StrPath, and_more, as_path
+from .places import StrPath, as_path
 from .report import CheckpointReport
 from .stores import Store, open_store
 from .survey import Survey, survey
 from .torchstore import TreeStore
+from .words import and_more
 
 __all__ = ["gather_checkpoints"]
 

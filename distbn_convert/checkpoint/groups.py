@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .places import and_more
+from .words import and_more
 
 __all__ = [
     "PLAIN",

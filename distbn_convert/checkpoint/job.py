@@ -272,16 +272,16 @@ def _new_format(kind: Kind, wanted: str, state: str | None) -> str | None:
 def _check_suffix(path: Path, kind: Kind, format: str | None) -> None:
     """Refuse a name that promises another format than the file will have."""
     becomes = format or kind.value
-    named = {
-        **{".safetensors": ("safetensors",), ".pth": ("torch",), ".pt": ("torch",)},
-        ".ckpt": ("torch", "dcp"),  # Lightning names both so
-    }
+    named = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".ckpt": "torch"}
     promised = named.get(path.suffix)
-    if promised is not None and not becomes.startswith(promised):
-        raise ConfigurationError(
-            f"the output would be {becomes}, but {path.name} is named as a file of {promised[0]}; "
-            f"use format={promised[0]!r} (--format {promised[0]}), or another name."
-        )
+    if promised is None or becomes.startswith(promised):
+        return
+    if (path.suffix, becomes) == (".ckpt", "dcp"):  # as Lightning names its folders
+        return
+    raise ConfigurationError(
+        f"the output would be {becomes}, but {path.name} is named as a file of {promised}; "
+        f"use format={promised!r} (--format {promised}), or another name."
+    )
 
 
 def file_info(path: Path, format: str, sha256: bool) -> FileInfo:

@@ -7,21 +7,20 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TypeGuard
 
 from ..errors import CheckpointError, ConfigurationError, FileAccessError, OutputExistsError
+from .words import human_size
 
 __all__ = [
     "StrPath",
     "access_error",
-    "and_more",
     "as_path",
     "check_space",
     "find_disk_full",
-    "human_size",
     "is_refusal",
     "output_place",
     "points_outside",
@@ -38,8 +37,6 @@ StrPath = str | os.PathLike[str]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_UNITS = ("kB", "MB", "GB", "TB")
-
 
 def as_path(path: StrPath) -> Path:
     """Return ``path`` as a Path.
@@ -50,22 +47,6 @@ def as_path(path: StrPath) -> Path:
     if not os.fspath(path):
         raise ConfigurationError("expected a path, but got an empty one; name a file or a folder.")
     return Path(path)
-
-
-def human_size(count: int) -> str:
-    """Return a number of bytes as people write it: ``133 bytes``, ``2.1 GB``."""
-    if count < 1000:
-        return f"{count} bytes"
-    power = 1
-    while power < len(_UNITS) and round(count / 1000**power, 1) >= 1000:
-        power += 1
-    return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
-
-
-def and_more(names: Sequence[str], shown: int = 1) -> str:
-    """Return the first names, and how many more there are: ``a, b and 3 more``."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def access_error(

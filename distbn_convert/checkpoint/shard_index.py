@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError, RefusedError
 from .header import Header, read_header
-from .places import StrPath, human_size, points_outside
+from .places import StrPath, points_outside
 from .safetensors import header_of, read_tensor
 from .sniff import sniff
 from .stores import ReadOptions
 from .stream import Source
 from .strict_json import StrictJsonError, parse_object
+from .words import human_size
 
 if TYPE_CHECKING:
     from torch import Tensor

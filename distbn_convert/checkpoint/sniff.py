@@ -11,7 +11,8 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import CheckpointError, FileAccessError, ReadError, RefusedError
-from .places import StrPath, access_error, human_size, stat_or_none
+from .places import StrPath, access_error, stat_or_none
+from .words import human_size
 from .zips import CUT_SHORT, MAGIC, reading_zip
 
 __all__ = ["Kind", "sniff"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..errors import NothingToDoError, ReadError, RefusedError
 from .groups import Group, LookAlike, Selection, describe, find_groups, key_name
-from .places import and_more
 from .report import GroupReport
 from .spread import count_nonfinite, largest_count, measure_spread
 from .stores import Store
+from .words import and_more
 
 __all__ = ["Survey", "survey"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checkpoint.places import human_size
 from ..checkpoint.report import CheckpointReport, FileInfo, GroupReport
+from ..checkpoint.words import human_size
 
 __all__ = ["checksums", "one_line", "summary", "table"]
 

@@ -1,0 +1,50 @@
+"""What folders hold beside their weights: other weights, which are told of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from distbn_convert.checkpoint import convert_checkpoint
+from distbn_convert.checkpoint.beside import other_weights
+from distbn_convert.errors import RefusedError
+
+from .checkpoints import bn_state
+
+
+def test_files_that_may_hold_other_weights_are_listed(tmp_path: Path) -> None:
+    weights = ["ema.bin", "ema.pt", "model.safetensors", "pytorch_model.bin"]
+    accelerates = ["optimizer_1.bin", "scheduler.bin", "dl_state_dict.bin", "scaler.pt"]
+    trainers = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"]
+    lightnings = ["meta.pt"]
+    for name in (*weights, "own.bin", *accelerates, *trainers, *lightnings, "training_args.bin"):
+        (tmp_path / name).touch()
+    assert other_weights(tmp_path, ["own.bin"]) == weights
+
+
+def test_weights_in_a_folder_below_are_told_too(tmp_path: Path) -> None:
+    """As those of a Trainer's earlier steps, which are carried over as they are."""
+    earlier = tmp_path / "in" / "checkpoint-500"
+    earlier.mkdir(parents=True)
+    for folder in (earlier.parent, earlier):
+        save_file(bn_state(), folder / "model.safetensors")
+        (folder / "optimizer.pt").touch()
+    (warning,) = convert_checkpoint(tmp_path / "in", tmp_path / "out", 2).warnings
+    assert warning == "checkpoint-500/model.safetensors beside the weights was not looked into."
+    with pytest.raises(RefusedError, match=r"checkpoint-500.* Refused because of --strict"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "strict", 2, strict=True)
+
+
+def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(bn_state(), tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "optimizer.bin").touch()
+    convert_checkpoint(tmp_path / "in", tmp_path / "sound", 2, strict=True)
+    (tmp_path / "in" / "ema.pt").touch()
+    (warning,) = convert_checkpoint(tmp_path / "in", tmp_path / "told", 2).warnings
+    assert warning == "ema.pt beside the weights was not looked into."
+    with pytest.raises(RefusedError, match="in: ema.pt beside .* Refused because of --strict"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, strict=True)
+    assert not (tmp_path / "out").exists()
