@@ -256,6 +256,14 @@ def time_step(norm: str, compiled: bool = False) -> float:
     return run(STEPS)
 
 
+def time_steps() -> Row | None:
+    """Time the step with ours and with torch's; None if either does not fit in memory."""
+    try:
+        return {"converted_ms": time_step("op"), "plain_ms": time_step("plain")}
+    except torch.OutOfMemoryError:
+        return None
+
+
 def machine() -> Row:
     """What a number means nothing without."""
     try:
@@ -263,8 +271,11 @@ def machine() -> Row:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy without a history
         commit = "unknown"
+    multiprocessors, l2_bytes = launch.resources_of(torch.device(DEVICE))
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
+        "multiprocessors": multiprocessors,
+        "l2_bytes": l2_bytes,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -283,7 +294,7 @@ def run_layers(results: Row) -> str:
         layers.append(row)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    steps = results["step"] = {"converted_ms": time_step("op"), "plain_ms": time_step("plain")}
+    steps = results["step"] = time_steps()
     summary = results["summary"] = summarize(layers)
     where = results["machine"]
     title = (

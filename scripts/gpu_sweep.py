@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distbn_convert.kernels.gpu import launch
 from distbn_convert.kernels.gpu.launch import Share
-from distbn_convert.kernels.gpu.rule import MULTIPROCESSORS, Choice, power_of_two
+from distbn_convert.kernels.gpu.rule import Choice, power_of_two
 from tests.dispatched import nothing_launched
 
 FORMATS = [("contiguous", "bf16"), ("contiguous", "fp32"), ("channels_last", "bf16")]
@@ -52,7 +52,8 @@ class Layer(NamedTuple):
         last, itemsize = self.layout == "channels_last", DTYPES[self.dtype].itemsize
         positions = self.side * self.side
         batch = gpu_bench.SAMPLES, self.channels, positions, gpu_bench.RANKS
-        return Share(*batch, False, last, itemsize, multiprocessors())
+        device = torch.device(gpu_bench.DEVICE)
+        return Share(*batch, False, last, itemsize, *launch.resources_of(device))
 
 
 def layers(only: Sequence[str] = ()) -> Iterator[Layer]:
@@ -139,12 +140,6 @@ def find_pipelined(share: Share, backward: bool) -> Iterator[Choice]:
         if 2 * width * power_of_two(splits) > 64 * 32 * warps:
             continue  # threads that merge more than they have registers for
         yield Choice("pipelined", power_of_two(size), width, warps, splits, size, 0, groups)
-
-
-def multiprocessors() -> int:
-    if gpu_bench.DEVICE != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties("cuda").multi_processor_count
 
 
 def tiles(warps: tuple[int, ...], values: tuple[int, ...]) -> Iterator[tuple[int, int]]:

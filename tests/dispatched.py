@@ -155,13 +155,17 @@ def nothing_launched() -> Iterator[list[str]]:
         compiled.append(self.fn.__name__)
         run(self, *args, **kwargs | {"warmup": True})  # returns nothing that could be launched
 
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    resources_of, (major, minor) = launch.resources_of, (9, 0)
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        resources = resources_of(torch.device("cuda"))
+        launch.resources_of = lambda device: resources
     driver.set_active(AbsentDevice(10 * major + minor))
     JITFunction.run = compile_only
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, launch.resources_of = run, resources_of
 
 
 def main(part: int | None = None, parts: int = 1) -> None:

@@ -116,7 +116,7 @@ def test_every_bar_is_measured_and_kept_as_data(
     assert all(row["off_ms"] > 0 for row in results["summary"])
     assert all(row["unsized_ms"] > 0 for row in results["layers"])
     assert all(row["copy_ms"] > 0 for row in results["layers"])
-    assert results["machine"].keys() >= {"device", "python", "torch", "triton", "commit"}
+    assert results["machine"].keys() >= {"device", "l2_bytes", "torch", "triton", "commit"}
     assert [line.split("  ")[0] for line in table[2:-1]] == [bar.name for bar in bench.BARS]
     assert table[-1].startswith("ResNet-50 step")
     assert all(("met" in line) != ("MISSED" in line) for line in table[-1:])
@@ -134,6 +134,20 @@ def test_what_was_measured_before_an_interruption_is_kept(
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["layers"]) == len(bench.BARS)
     assert "summary" not in results
+
+
+def test_a_step_that_does_not_fit_in_memory_hides_no_layer(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overflow(norm: str) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "time_step", overflow)
+    bench.main(str(tmp_path / "results.json"))
+    assert json.loads((tmp_path / "results.json").read_text())["step"] is None
+    *_, layer, step = capsys.readouterr().out.splitlines()
+    assert layer.startswith(bench.BARS[-1].name)
+    assert step.endswith("channels_last: not timed, it does not fit in the device's memory")
 
 
 def test_a_copy_without_a_history_is_measured_all_the_same(

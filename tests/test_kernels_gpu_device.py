@@ -74,6 +74,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def much_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any device the rule takes what it takes on one with as much L2 as an H100."""
+    from distbn_convert.kernels.gpu import launch
+
+    multiprocessors, _ = launch.resources_of(torch.device("cuda"))
+    monkeypatch.setattr(launch, "resources_of", lambda _: (multiprocessors, rule.L2_BYTES))
+
+
 def cuda(tensor: Tensor) -> Tensor:
     return tensor.cuda()
 
@@ -229,7 +238,7 @@ def test_a_thousand_repeats_are_the_same_bits(
     assert repeat(case) == 0
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "much_l2")
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 @pytest.mark.parametrize(
     ("kind", "shape", "channels_last"),
@@ -258,7 +267,7 @@ def test_a_thousand_repeats_of_programs_that_wait_are_the_same_bits(
     assert repeat(case) == 0
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "much_l2")
 @pytest.mark.parametrize("kind", sorted(rule.WAITING))
 def test_launches_that_wait_on_many_streams_at_once_all_end(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -190,6 +190,23 @@ def test_a_kernel_that_is_still_being_compiled_is_waited_for(device: RecordingDe
             compute(gpu, case, make(case))
     names = [name for name, *_ in device.launches]
     assert names[:3] == names[3:]
+
+
+def test_the_rule_is_told_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties(NamedTuple):
+        multi_processor_count: int
+        L2_cache_size: int
+
+    found = [Properties(82, 6 * 2**20), Properties(40, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found[device.index])
+    monkeypatch.setattr(launch, "resources_of", launch.resources_of.__wrapped__)
+    assert launch.resources_of(torch.device("cuda", 0)) == (82, 6 * 2**20)
+    assert launch.resources_of(torch.device("cuda", 1)) == (40, launch.L2_BYTES)
+    x, choices = torch.empty(64, 64, 112, 112, dtype=torch.bfloat16), []
+    for resources in [(132, 50 * 2**20), found[0]]:
+        monkeypatch.setattr(launch, "resources_of", lambda _, resources=resources: resources)
+        choices.append(launch.describe(x, False, 8, False).choose(False).kind)
+    assert choices == ["loop", "cooperative"]
 
 
 def test_the_device_of_the_input_becomes_current(monkeypatch: pytest.MonkeyPatch) -> None:

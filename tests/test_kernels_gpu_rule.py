@@ -72,6 +72,46 @@ def test_rule_reads_once_what_fits_and_cuts_what_would_idle(
     assert choose(*layer, **changes).kind == kind
 
 
+# Multiprocessors and MiB of L2 of other GPUs, in the order of their releases.
+A100, RTX_3090, A10, RTX_4090, B200 = (108, 40), (82, 6), (72, 6), (128, 72), (148, 126)
+
+
+@pytest.mark.parametrize("device", [A100, RTX_4090, B200], ids=str)
+def test_as_much_l2_for_each_multiprocessor_keeps_as_much(
+    device: tuple[int, int],
+) -> None:
+    multiprocessors, mebibytes = device
+    for layer, backward, last in itertools.product(LAYERS, (False, True), (False, True)):
+        settings = {"backward": backward, "channels_last": last, "multiprocessors": multiprocessors}
+        choice = choose(*layer, **settings, l2_bytes=mebibytes * 2**20)
+        kept = choose(*layer, **settings, l2_bytes=2**30)
+        assert choice == kept or (kept.kind == "ticketed" and choice.depth < kept.depth)
+
+
+@pytest.mark.parametrize("device", [RTX_3090, A10], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "changes", "kind"),
+    [
+        ((512, 784), {}, "resident"),
+        ((512, 784), {"backward": True}, "cooperative"),
+        ((512, 784), {"backward": True, "itemsize": 4, "vector": 4}, "cooperative"),
+        ((256, 3136), {}, "cooperative"),
+        ((256, 3136), {"backward": True}, "cooperative"),
+        ((256, 196), {"vector": 4, "backward": True}, "resident"),
+        ((2048, 49), {"channels_last": True}, "loop"),
+        ((1024, 196), {"channels_last": True}, "split"),
+        ((256, 3136), {"vt_world_size": 1, "samples": 256, "values": 256 * 3136}, "split"),
+    ],
+    ids=str,
+)
+def test_what_little_l2_would_not_keep_is_held_or_cut(
+    layer: tuple[int, int], changes: dict[str, Any], kind: str, device: tuple[int, int]
+) -> None:
+    multiprocessors, mebibytes = device
+    resources = {"multiprocessors": multiprocessors, "l2_bytes": mebibytes * 2**20}
+    assert choose(*layer, **changes, **resources).kind == kind
+
+
 @pytest.mark.parametrize("enabled", [*({kind} for kind in sorted(rule.WAITING)), set()], ids=str)
 def test_kernels_that_wait_can_be_left_out(
     enabled: set[str], monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from .pieces import sum_ranks
 from .pipelined import pipelined_backward, pipelined_forward
 from .planes import planes_backward, planes_forward
 from .resident import resident_backward, resident_forward
-from .rule import MULTIPROCESSORS, WAITING, Choice, power_of_two, select_kernel
+from .rule import L2_BYTES, MULTIPROCESSORS, WAITING, Choice, power_of_two, select_kernel
 from .split import (
     merge_gradients,
     merge_moments,
@@ -32,7 +32,7 @@ from .swept import swept_backward, swept_forward
 from .ticketed import ticketed_backward, ticketed_forward
 from .tiles import Statistics, make_tile
 
-__all__ = ["Share", "backward", "describe", "forward"]
+__all__ = ["Share", "backward", "describe", "forward", "resources_of"]
 
 # Bytes that one thread moves in one instruction.
 _VECTOR_BYTES = 16
@@ -76,6 +76,7 @@ class Share(NamedTuple):
     last: bool
     itemsize: int
     multiprocessors: int = MULTIPROCESSORS
+    l2_bytes: int = L2_BYTES
     sized: bool = True
 
     @property
@@ -96,6 +97,7 @@ class Share(NamedTuple):
             vt_world_size=self.vt_world_size,
             residual=residual,
             multiprocessors=self.multiprocessors,
+            l2_bytes=self.l2_bytes,
         )
 
     def scalars(self, choice: Choice) -> dict[str, int]:
@@ -338,7 +340,7 @@ def describe(x: Tensor, last: bool, vt_world_size: int, interleaved: bool) -> Sh
         interleaved,
         last,
         x.element_size(),
-        _multiprocessors(x.device),
+        *resources_of(x.device),
         (last and not interleaved) or _has_own_kernels(positions),
     )
 
@@ -351,10 +353,12 @@ def _has_own_kernels(positions: int) -> bool:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def resources_of(device: torch.device) -> tuple[int, int]:
+    """Return the multiprocessors of a device, and the bytes of its L2."""
     if device.type != "cuda":  # the interpreter's
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return MULTIPROCESSORS, L2_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size or L2_BYTES  # 0 if not told
 
 
 def _on(device: int) -> AbstractContextManager[Any]:

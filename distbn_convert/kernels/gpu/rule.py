@@ -4,6 +4,8 @@ Tuning at run time would repeat the update of the running statistics, stall the 
 break CUDA-graph capture. Kinds and tiles are what was fastest on an H100 among some two thousand
 that were timed over ResNet-50's layers, of those that spill with neither Triton 3.8 nor 3.9.
 
+Where a device has less L2, or less of it for each multiprocessor, the limits shrink in proportion.
+
 Shares that do not fit in one program's registers are read twice by one program (``"loop"``, the
 second time from L2), cut between programs in launches of their own (``"split"``), or read in one
 launch whose programs wait for others: once, held in the registers of several (``"cooperative"``)
@@ -26,13 +28,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ENABLED", "MULTIPROCESSORS", "WAITING", "Choice", "power_of_two", "select_kernel"]
+__all__ = [
+    "ENABLED",
+    "L2_BYTES",
+    "MULTIPROCESSORS",
+    "WAITING",
+    "Choice",
+    "power_of_two",
+    "select_kernel",
+]
 
 # Kinds whose programs wait for others, and those of them that may be chosen; also "staged".
 WAITING = frozenset({"cooperative", "pipelined", "swept", "ticketed"})
 ENABLED = frozenset({"cooperative", "ticketed"})
 # Of the GPU that the limits are for.
-MULTIPROCESSORS = 132
+MULTIPROCESSORS, L2_BYTES = 132, 50 * 2**20
 
 _MAX_WARPS = 16
 # Of programs that keep few registers a thread.
@@ -60,7 +70,7 @@ _SMALL_LOOP = 2**15
 # that it is cut into then.
 _SWEPT_BYTES, _SWEPT_PIECES = 210_000, 4
 # Between the two visits of a ticketed kernel: L2 also holds what is written.
-_L2_BYTES = 14_000_000
+_TICKETED_BYTES = 14_000_000
 # How many programs a launch that cuts shares aims at.
 _SPLIT_PROGRAMS = 528
 # Large shares are cut into more pieces than that takes: up to the first, each of the second's rows.
@@ -125,6 +135,7 @@ def select_kernel(
     vt_world_size: int,
     residual: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
+    l2_bytes: int = L2_BYTES,
 ) -> Choice:
     """Choose the kernel of a share.
 
@@ -139,8 +150,10 @@ def select_kernel(
         vt_world_size: number of virtual ranks V.
         residual: whether one was added before the ReLU, which takes registers. Default: False
         multiprocessors: of the device, for programs that wait. Default: 132
+        l2_bytes: of the device, for what is read twice. Default: 50 MiB
     """
     tensors = 2 if backward else 1
+    kept = min(l2_bytes / L2_BYTES, 1.0)
     if channels_last:
         widths = _channel_widths(channels, itemsize)
         return (
@@ -149,11 +162,13 @@ def select_kernel(
             or _pipelined(
                 widths, values, tensors, vector, residual, channels, vt_world_size, multiprocessors
             )
-            or _ticketed(widths[2], values, itemsize, tensors, channels, vt_world_size)
+            or _ticketed(widths[2], values, itemsize, tensors, channels, vt_world_size, kept)
             or _split(widths[0], widths[1], values, itemsize, channels, vt_world_size)
         )
     held = _held_values(backward, residual, itemsize, vector)
-    share = values * itemsize * tensors
+    # As the limits are for, where a multiprocessor has less of L2.
+    crowding = max(multiprocessors / MULTIPROCESSORS * L2_BYTES / l2_bytes, 1.0)
+    share = values * itemsize * tensors * crowding
     return (
         (_planes(samples, values // samples, backward, channels, itemsize) if vector == 1 else None)
         or _resident(values, held, itemsize, vector, backward or residual)
@@ -165,7 +180,7 @@ def select_kernel(
             multiprocessors,
         )
         or _cooperative(values, held, itemsize, vector, backward, residual, multiprocessors)
-        or _ticketed(1, values, itemsize, tensors, channels, vt_world_size)
+        or _ticketed(1, values, itemsize, tensors, channels, vt_world_size, kept)
         or _split(1, 1, values, itemsize, channels, vt_world_size)
     )
 
@@ -215,7 +230,7 @@ def _resident_lanes(widths: list[int], values: int) -> Choice | None:
 
 def _loop(
     values: int,
-    share: int,
+    share: float,
     itemsize: int,
     backward: bool,
     residual: bool,
@@ -257,7 +272,7 @@ def _loop_lanes(
 
 
 def _swept(
-    loop: Choice | None, values: int, share: int, backward: bool, multiprocessors: int
+    loop: Choice | None, values: int, share: float, backward: bool, multiprocessors: int
 ) -> Choice | None:
     """Choose pieces of what a loop would take, if L2 may lose it and they can wait; else that."""
     if loop is None or not backward or share <= _SWEPT_BYTES or "swept" not in ENABLED:
@@ -349,6 +364,7 @@ def _ticketed(
     tensors: int,
     channels: int,
     vt_world_size: int,
+    kept: float,
 ) -> Choice | None:
     """Choose slabs of which enough stay in L2, or none.
 
@@ -358,7 +374,7 @@ def _ticketed(
         return None
     slab = values * width * itemsize * tensors
     slabs = -(-channels // width) * vt_world_size
-    depth = min(_L2_BYTES // slab, _MAX_DEPTH, slabs)
+    depth = min(int(kept * _TICKETED_BYTES / slab), _MAX_DEPTH, slabs)
     least = _LEAST_DEPTH if width > 1 else 2
     if depth < least or (width > 1 and slabs < _ENOUGH_PROGRAMS // 2):
         return None
