@@ -51,7 +51,7 @@ def to_device(batch: Any, args: Args) -> tuple[Tensor, Tensor]:
 
 
 def train_epoch(run: Args, args: Args, epoch: int) -> float:
-    """Train one epoch; return the mean loss of this process."""
+    """Train one epoch; return the mean loss, over all processes."""
     torch.manual_seed(args.seed + epoch * args.world_size + args.rank)  # so that a resume is exact
     run.sampler.set_epoch(epoch)
     run.wrapped.train()
@@ -68,7 +68,9 @@ def train_epoch(run: Args, args: Args, epoch: int) -> float:
             total += loss.detach()
             if (index + 1) % steps == 0:
                 update(run, args, epoch, index // steps)
-    return float(total / len(run.sampler))
+    if args.world_size > 1:
+        dist.all_reduce(total)
+    return float(total / len(run.sampler) / args.world_size)
 
 
 def update(run: Args, args: Args, epoch: int, step: int) -> None:

@@ -136,10 +136,11 @@ def test_torchrun_with_two_ranks_each_equals_one_process_with_four(
         "plain": [sys.executable, SCRIPT, "--vt-world-size", "1", "-b", "1200"],
     }
     options = ["--epochs", "1", "--model", "shufflenet_v2_x0_5", "--output-dir"]
-    states = {}
+    states, losses = {}, {}
     for name, command in commands.items():
         printed = run(*command, *options, str(tmp_path / name))
         assert len(re.findall(r"accuracy ([\d.]+)", printed)) == 1  # process 0 alone talks
+        losses[name] = float(re.findall(r"loss ([\d.]+)", printed)[0])
         states[name] = load(tmp_path / name)["model"]
 
     tested = run(*commands["two"], *options, str(tmp_path), "--test-only")
@@ -152,6 +153,7 @@ def test_torchrun_with_two_ranks_each_equals_one_process_with_four(
         pairs = [(state[k], other[k]) for k in state if k.endswith(("weight", "bias"))]
         return float(torch.cat([(a - b).flatten() for a, b in pairs]).norm())
 
+    assert losses["two"] == pytest.approx(losses["four"], abs=2e-4)  # of all, not of process 0
     whole = moved(states["four"], initial)
     assert moved(states["two"], states["four"]) < 1e-3 * whole
     assert moved(states["plain"], states["four"]) > 1e-1 * whole
