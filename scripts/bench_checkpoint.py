@@ -63,7 +63,7 @@ def run_all(folder: Path, gigabytes: float, repeat: int) -> None:
 
 def run_one(name: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--variant", name, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout)
     return result
 
@@ -171,10 +171,12 @@ def measure(variant: str, folder: Path) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started, busy = time.perf_counter(), time.process_time()
-    VARIANTS[variant][0](folder)
-    seconds, processor = time.perf_counter() - started, time.process_time() - busy
-    stopped.set()
-    watcher.join()
+    try:
+        VARIANTS[variant][0](folder)
+    finally:  # else the process waits for its watcher for ever
+        seconds, processor = time.perf_counter() - started, time.process_time() - busy
+        stopped.set()
+        watcher.join()
     return {"seconds": seconds, "processor": processor, "anonymous": peak[0] - before}
 
 

@@ -122,6 +122,15 @@ def test_the_benchmark_does_not_time_nothing_and_call_it_done(arguments: list[st
     assert arguments[0] in run.stderr.splitlines()[-1]
 
 
+def test_the_benchmark_of_checkpoints_ends_where_a_variant_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/bench_checkpoint.py", "--variant", "load_file + save_file"]
+    run = subprocess.run(
+        [*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    assert "No such file" in run.stderr
+
+
 @pytest.mark.slow
 def test_quickstart_trains_converts_back_and_prints_equal_accuracies(tmp_path: Path) -> None:
     """`./scripts/test` itself is the other command: it is what runs this."""
