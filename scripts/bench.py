@@ -16,6 +16,7 @@ from typing import Any
 import click
 import torch
 from bench_providers import PROVIDERS, SHAPES, Case, check
+from outputs import check_file
 
 from distbn_convert.kernels import select_backend
 
@@ -286,6 +287,12 @@ def main(
             "expected ranks that divide the batch and get more than one value each, but no shape "
             f"is left for a batch of {choice['batch']}; change --batch or --ranks."
         )
+    if plot_path and "plain" not in providers:
+        raise click.UsageError(
+            "expected --provider plain beside --plot, which draws ratios to it, but it is left out."
+        )
+    for path in filter(None, (json_path, plot_path)):
+        check_file(path)
     if tests:
         require_green_tests(device)
     for case in cases:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench import environment
+from outputs import check_file
 from torch import Tensor, nn
 
 from distbn_convert import DistBatchNorm2d
@@ -83,6 +84,8 @@ def measure(input: Tensor, follower: str) -> dict[str, tuple[float, float]]:
 
 
 def main(path: str | None) -> None:
+    if path:
+        check_file(path)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
     rows = []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
+from outputs import make_folder
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -56,6 +56,7 @@ def train_epoch(
 @click.option("--output", default="runs/quickstart", show_default=True, help="For checkpoints.")
 def main(vt_world_size: int, epochs: int, output: str) -> None:
     """Train a converted ResNet-18 on handwritten digits, convert it back, compare."""
+    folder = make_folder(output)
     torch.manual_seed(0)
     train_images, train_labels, test_images, test_labels = load_images()
     model = get_model("resnet18", vt_world_size=vt_world_size, num_classes=10)
@@ -70,8 +71,6 @@ def main(vt_world_size: int, epochs: int, output: str) -> None:
         f"{time.perf_counter() - start:.0f} s"
     )
 
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     before = accuracy(model, test_images, test_labels)
     torch.save(model.state_dict(), folder / "virtual.pth")
     model = revert_model(model, reduction="mean")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import gpu_bench
 import torch
 from gpu_bench import DTYPES, LAYOUTS
+from outputs import check_file
 from torch import Tensor
 
 from distbn_convert.kernels.gpu import launch
@@ -228,6 +229,7 @@ def compile_all(only: Sequence[str]) -> None:
 
 
 def main(path: str, only: Sequence[str] = ()) -> None:
+    check_file(path)
     compile_all(only)
     gpu_bench.REPEATS = 11
     results: list[dict[str, Any]] = []

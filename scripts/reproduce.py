@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from outputs import make_folder
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -164,8 +166,6 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the first seed's loss curves, and how far they are from DDP's where not 0."""
-    from matplotlib.figure import Figure
-
     curves = {run["way"]: run["losses"] for run in runs if run["seed"] == 0}
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -192,6 +192,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64")
 @click.option("--output", default="runs/reproduce", show_default=True, help="For data and plot.")
 def main(seeds: int, epochs: int, dtype: str, output: str) -> None:
+    folder = make_folder(output)
     torch.set_num_threads(1)
     kind = getattr(torch, dtype)
     runs: list[dict[str, Any]] = []
@@ -202,8 +203,6 @@ def main(seeds: int, epochs: int, dtype: str, output: str) -> None:
         else:
             runs += [run(way, seed, epochs, kind) for seed in range(seeds)]
     compare(runs)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {"torch": torch.__version__, "dtype": dtype, "epochs": epochs}
     data = json.dumps({"settings": settings, "runs": runs}, indent=1)
     (folder / "reproduce.json").write_text(data, encoding="utf-8")

@@ -21,6 +21,7 @@ import click
 import torch
 import torch.distributed as dist
 from building import Args, build
+from outputs import make_folder
 from torch import Tensor, nn
 
 from distbn_convert import sync_running_stats
@@ -109,7 +110,6 @@ def save(run: Args, args: Args, epoch: int) -> None:
     if run.ema is not None:
         checkpoint["model_ema"] = run.ema.state_dict()
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (f"model_{epoch}.pth", "checkpoint.pth"):
         temporary = folder / f"{name}.tmp"
         torch.save({**checkpoint, "epoch": epoch, "args": vars(args)}, temporary)
@@ -136,6 +136,8 @@ def train(args: Args) -> None:
             if args.rank == 0:
                 print(f"{name}accuracy {result:.2f} %")
         return
+    if args.output_dir and args.rank == 0:
+        make_folder(args.output_dir)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         loss = train_epoch(run, args, epoch)

@@ -83,8 +83,8 @@ def test_all_are_kept_with_the_machine_the_fastest_first(
     sweep: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(sweep, monkeypatch, 0.0)
-    sweep.main(str(tmp_path / "sweep.json"))
-    kept = json.loads((tmp_path / "sweep.json").read_text())
+    sweep.main(str(tmp_path / "runs" / "sweep.json"))  # a folder that a checkout does not have
+    kept = json.loads((tmp_path / "runs" / "sweep.json").read_text())
     assert kept["machine"].keys() >= {"device", "torch", "triton", "commit"}
     for layer in sweep.layers():
         found = [each for each in kept["candidates"] if each["layer"] == layer._asdict()]
