@@ -27,6 +27,11 @@ from torchvision.transforms import v2
 from distbn_convert import VirtualDistributedSampler, convert_model
 
 Args = SimpleNamespace
+NORMS = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
 
 
 def build(args: Args) -> Args:
@@ -102,8 +107,8 @@ def make_model(args: Args, num_classes: int) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args: Args) -> torch.optim.Optimizer:
-    """SGD or AdamW; batch norm's parameters may have a weight decay of their own."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """SGD or AdamW; the parameters of norms may have a weight decay of their own."""
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
     special = {id(p) for norm in norms for p in norm.parameters()}
     decay = args.weight_decay if args.norm_weight_decay is None else args.norm_weight_decay
     groups = [

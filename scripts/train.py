@@ -174,7 +174,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--lr"], {"default": 0.02}),
     (["--momentum"], {"default": 0.9}),
     (["--wd", "--weight-decay", "weight_decay"], {"default": 1e-4}),
-    (["--norm-weight-decay"], {"type": float}),
+    (["--norm-weight-decay"], {"type": float, "help": "Default: that of other parameters."}),
     (["--label-smoothing"], {"default": 0.0}),
     (["--lr-scheduler"], {"type": click.Choice(SCHEDULERS), "default": "cosineannealinglr"}),
     (["--lr-warmup-epochs"], {"default": 0}),

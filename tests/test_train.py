@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from distbn_convert import models
+from distbn_convert import DistBatchNorm2d, models
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "scripts/train.py"
@@ -61,6 +62,20 @@ def test_short_epochs_are_averaged_too(image_folder: Path, tmp_path: Path) -> No
     assert averaged == [1, 2]  # the first batch of each, as in torchvision
     parts = load(tmp_path, "model_0.pth")
     assert parts["model_ema"]["module.bn1.num_batches_tracked"].tolist() == [1] * 4
+
+
+def test_norms_of_every_kind_have_the_weight_decay_of_norms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    building = importlib.import_module("building")
+    model = models.get_model("maxvit_t", 2, num_classes=2)
+    args = building.Args(opt="sgd", lr=0.1, momentum=0.9, weight_decay=0.1, norm_weight_decay=0.0)
+    others, norms = building.make_optimizer(model, args).param_groups
+    kinds = torch.nn.LayerNorm, DistBatchNorm2d
+    expected = [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()]
+    assert {id(p) for p in norms["params"]} == {id(p) for p in expected}
+    assert (others["weight_decay"], norms["weight_decay"]) == (0.1, 0.0)
 
 
 def test_batches_that_the_data_cannot_fill_are_refused() -> None:
