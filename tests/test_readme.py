@@ -134,10 +134,9 @@ def test_the_benchmark_of_checkpoints_ends_where_a_variant_fails(tmp_path: Path)
 @pytest.mark.slow
 def test_quickstart_trains_converts_back_and_prints_equal_accuracies(tmp_path: Path) -> None:
     """`./scripts/test` itself is the other command: it is what runs this."""
-    output = tmp_path / "checkpoints"
     run = subprocess.run(
-        ["./scripts/quickstart", "--epochs", "1", "--output", str(output)],
-        cwd=ROOT,
+        [ROOT / "scripts" / "quickstart", "--epochs", "1", "--output", "checkpoints"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
@@ -146,4 +145,7 @@ def test_quickstart_trains_converts_back_and_prints_equal_accuracies(tmp_path: P
     accuracies = re.findall(r"accuracy .*: +([\d.]+) %", run.stdout)
     assert len(accuracies) == 2
     assert accuracies[0] == accuracies[1]
-    assert sorted(path.name for path in output.iterdir()) == ["plain.pth", "virtual.pth"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "plain.pth",
+        "virtual.pth",
+    ]
