@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from distbn_convert import revert_model
 from distbn_convert.models import get_model
 
+COUNT = click.IntRange(min=1)
+
 
 def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The 1,797 digits as images of 3x32x32: 1,437 to train, 360 to test."""
@@ -51,8 +53,10 @@ def train_epoch(
 
 
 @click.command()
-@click.option("--vt-world-size", default=8, show_default=True, help="Number of virtual GPUs.")
-@click.option("--epochs", default=6, show_default=True)
+@click.option(
+    "--vt-world-size", type=COUNT, default=8, show_default=True, help="Number of virtual GPUs."
+)
+@click.option("--epochs", type=COUNT, default=6, show_default=True)
 @click.option("--output", default="runs/quickstart", show_default=True, help="For checkpoints.")
 def main(vt_world_size: int, epochs: int, output: str) -> None:
     """Train a converted ResNet-18 on handwritten digits, convert it back, compare."""

@@ -154,21 +154,28 @@ def train(args: Args) -> None:
                 save(run, args, epoch)
 
 
+COUNT = {"type": click.IntRange(min=1)}
 SCHEDULERS = ["steplr", "cosineannealinglr", "exponentiallr"]
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--data-path"], {"help": "Folder with train/ and val/ for ImageFolder; default: digits."}),
     (["--model"], {"default": "resnet18"}),
     (["--weights"], {"help": "Pretrained, as torchvision names them."}),
     (["--device"], {"help": "Default: cuda if there is one."}),
-    (["--vt-world-size"], {"default": 8, "help": "Virtual GPUs of each process; 1: plain."}),
+    (
+        ["--vt-world-size"],
+        {**COUNT, "default": 8, "help": "Virtual GPUs of each process; 1: plain."},
+    ),
     (
         ["--partition"],
         {"type": click.Choice(["contiguous", "interleaved"]), "default": "contiguous"},
     ),
     (["--eval-reduction"], {"type": click.Choice(["mean", "select", "pooled"]), "default": "mean"}),
-    (["--accumulation-steps"], {"default": 1, "help": "Micro-steps, each of all virtual GPUs."}),
-    (["-b", "--batch-size"], {"default": 16, "help": "Images of one virtual GPU."}),
-    (["--epochs"], {"default": 10}),
+    (
+        ["--accumulation-steps"],
+        {**COUNT, "default": 1, "help": "Micro-steps, each of all virtual GPUs."},
+    ),
+    (["-b", "--batch-size"], {**COUNT, "default": 16, "help": "Images of one virtual GPU."}),
+    (["--epochs"], {**COUNT, "default": 10}),
     (["-j", "--workers"], {"default": 0, "help": "Processes that load data."}),
     (["--opt"], {"type": click.Choice(["sgd", "adamw"]), "default": "sgd"}),
     (["--lr"], {"default": 0.02}),
@@ -179,7 +186,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--lr-scheduler"], {"type": click.Choice(SCHEDULERS), "default": "cosineannealinglr"}),
     (["--lr-warmup-epochs"], {"default": 0}),
     (["--lr-warmup-decay"], {"default": 0.01}),
-    (["--lr-step-size"], {"default": 30}),
+    (["--lr-step-size"], {**COUNT, "default": 30}),
     (["--lr-gamma"], {"default": 0.1}),
     (["--lr-min"], {"default": 0.0}),
     (["--clip-grad-norm"], {"type": float}),
@@ -187,7 +194,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--channels-last"], {"is_flag": True}),
     (["--compile"], {"is_flag": False, "flag_value": "inductor", "help": "Its backend: inductor."}),
     (["--model-ema"], {"is_flag": True}),
-    (["--model-ema-steps"], {"default": 32}),
+    (["--model-ema-steps"], {**COUNT, "default": 32}),
     (["--model-ema-decay"], {"default": 0.99998}),
     (["--val-resize-size"], {"default": 256}),
     (["--val-crop-size"], {"default": 224}),

@@ -86,6 +86,14 @@ def test_batches_that_the_data_cannot_fill_are_refused() -> None:
     assert "for a batch of 256 on each of 8 GPUs, but there are 1437; lower" in done.stderr
 
 
+def test_counts_below_one_are_usage_errors() -> None:
+    command = [sys.executable, SCRIPT, "--model-ema", "--model-ema-steps", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'--model-ema-steps': 0 is not in the range x>=1" in done.stderr
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(image_folder: Path, tmp_path: Path) -> None:
     options = ["--data-path", str(image_folder), "--epochs", "2", "--lr-warmup-epochs", "1"]
     options += ["--vt-world-size", "4", "-b", "4", "-j", "1", "--train-crop-size", "32"]
