@@ -1,7 +1,7 @@
 """Predict the GPU kernels' times over ResNet-50's batch norms, with no GPU.
 
-``python scripts/gpu_predict.py`` compiles each layer's kernels for sm_90 and reads their machine
-code. Three things bound a layer, N=256, V=8, on an H100:
+``PYTHONPATH=. python scripts/gpu_predict.py`` compiles each layer's kernels for sm_90 and reads
+their machine code. Three things bound a layer, N=256, V=8, on an H100:
 
 - memory: what is moved once, and what a second sweep finds in L2;
 - instructions: a multiprocessor starts four a cycle, each for the 32 threads of a warp;
