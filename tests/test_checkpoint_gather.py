@@ -158,6 +158,9 @@ def test_gather_replaces_none_of_its_inputs(tmp_path: Path) -> None:
     for path in paths[1:]:
         with pytest.raises(OutputExistsError, match=rf"is the input .*{path.name}, which would be"):
             gather_checkpoints(paths, path, overwrite=True)
+    # It has no --in-place to advise.
+    with pytest.raises(OutputExistsError, match=r"are the same file\. Use another name\.$"):
+        gather_checkpoints(paths, paths[0], overwrite=True)
     assert contents(tmp_path) == before
 
 

@@ -176,9 +176,9 @@ class Job:
             )
         same = dst is None or same_file(self.root, dst) or same_file(self.src, dst)
         if same and not in_place:
+            here = "" if self.command == "gather" else "in_place=True (--in-place), or "
             raise OutputExistsError(
-                f"{self.src} and {dst} are the same file. Use in_place=True (--in-place), or "
-                "another name."
+                f"{self.src} and {dst} are the same file. Use {here}another name."
             )
         if in_place and not same:
             raise ConfigurationError(
