@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from gpu_table import BARS, Row, predictions, render, render_compiled, summarize
+from outputs import check_file
 from torch import Tensor, nn
 
 from distbn_convert import DistBatchNorm2d, convert_model
@@ -313,6 +314,7 @@ def run_compiled(results: Row) -> str:
 
 
 def main(path: str, what: str = "layers") -> None:
+    check_file(path)
     results: Row = {"machine": machine(), "samples": SAMPLES, "ranks": RANKS}
     try:
         table = (run_compiled if what == "compiled" else run_layers)(results)
