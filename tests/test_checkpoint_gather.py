@@ -187,6 +187,35 @@ def test_what_differs_beside_the_tensors_of_state_dicts_is_told(
     assert report.warnings == (note,)
 
 
+def test_what_differs_beside_the_weights_of_folders_is_told(tmp_path: Path) -> None:
+    folders = [tmp_path / f"rank{rank}" for rank in range(3)]
+    for rank, folder in enumerate(folders):
+        torch.manual_seed(0)
+        folder.mkdir()
+        save_file(bn_state(), folder / "model.safetensors")
+        (folder / "scheduler.bin").write_bytes(b"of all")
+        (folder / "optimizer.bin").write_bytes(b"%d" % min(rank, 1))
+        (folder / f"random_states_{rank}.pkl").write_bytes(b"")
+    report = gather_checkpoints(folders, tmp_path / "all")
+    assert report.warnings == (
+        f"{folders[1]} differs from the first file in optimizer.bin and 2 more; the first file's "
+        "were taken.",
+        f"{folders[2]} differs from the first file in optimizer.bin and 2 more; the first file's "
+        "were taken.",
+    )
+    assert (tmp_path / "all" / "optimizer.bin").read_bytes() == b"0"
+
+
+def test_what_is_not_taken_at_all_is_not_said_to_be_of_the_first_file(tmp_path: Path) -> None:
+    paths = []
+    for rank in range(2):
+        torch.manual_seed(0)
+        paths.append(save(tmp_path, {"model": bn_state(), "rng": rank}, f"rank{rank}.pth"))
+    settings = {"state": "model", "format": "safetensors"}
+    report = gather_checkpoints(paths, tmp_path / "all.safetensors", **settings)
+    assert not any("first file" in warning for warning in report.warnings)
+
+
 def test_at_most_three_differences_of_state_dicts_are_told(tmp_path: Path) -> None:
     state, extra = bn_state(), {f"extra{i}": torch.zeros(1) for i in range(5)}
     paths = [save(tmp_path, state, "a.pth"), save(tmp_path, state | extra, "b.pth")]

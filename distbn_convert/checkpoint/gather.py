@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ..errors import ConfigurationError, ReadError
+from .beside import files_beside, same_content
 from .compare import differences, same_bits
 from .edit import Replacements, gather_groups
 from .groups import Group, KeyPath, Specs, dotted
@@ -89,7 +91,9 @@ def gather_checkpoints(
             _check_same(srcs[0], src, stores, (chosen, other.chosen))
             other.examine(stores[-1], path, chosen_options.strict)
             found.concerns += [f"{src}: {it}" for it in other.concerns if it not in found.concerns]
-            found.notes.extend(_other_differences(src, stores, chosen))
+            if job.format is None:  # else nothing but the state dict is taken
+                names = _other_differences(stores, chosen) + _other_files(job.src, path, stores)
+                found.notes.extend(_first_taken(src, names))
             if chosen_options.verify:
                 stores[-1].check([(group.path, key) for group in chosen for key in group.keys])
         return gather_groups(chosen, [store.tensor for store in stores], reduction)
@@ -144,10 +148,10 @@ def _paired(stores: list[Store], groups: list[Group]) -> Iterator[tuple[KeyPath,
             yield path, specs, others.get(path, {})
 
 
-def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -> Iterator[str]:
-    """Yield a note if files differ beside the tensors of state dicts, as random states do."""
+def _other_differences(stores: list[Store], groups: list[Group]) -> list[str]:
+    """Name where files differ beside the tensors of state dicts, as random states do."""
     if not all(isinstance(store, TreeStore) for store in stores):
-        return
+        return []
     compared = {
         (*path, key)
         for path, specs, _ in _paired(stores, groups)
@@ -156,7 +160,23 @@ def _other_differences(src: StrPath, stores: list[Store], groups: list[Group]) -
     }
     trees = [store.tree for store in stores if isinstance(store, TreeStore)]
     paths = [path for path, _ in differences(trees[0], trees[-1]) if path not in compared]
-    found = [dotted(path) or "its keys" for path in paths]
-    if found:
-        where = and_more(found)
+    return [dotted(path) or "its keys" for path in paths]
+
+
+def _other_files(first: Path, second: Path, stores: list[Store]) -> list[str]:
+    """Name the files beside the weights of two folders that differ, or that one has alone."""
+    own = {*stores[0].files(), *stores[-1].files()}
+    one, two = files_beside(first, own), files_beside(second, own)
+    alone = one.keys() ^ two.keys()
+    return [
+        name
+        for name in sorted(one.keys() | two.keys())
+        if name in alone or not same_content(one[name], two[name])
+    ]
+
+
+def _first_taken(src: StrPath, names: list[str]) -> Iterator[str]:
+    """Yield a note if a file differs from the first one in what is taken from that."""
+    if names:
+        where = and_more(names)
         yield f"{src} differs from the first file in {where}; the first file's were taken."
