@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,36 @@ def test_weights_in_a_folder_below_are_told_too(tmp_path: Path) -> None:
     assert warning == "checkpoint-500/model.safetensors beside the weights was not looked into."
     with pytest.raises(RefusedError, match=r"checkpoint-500.* Refused because of --strict"):
         convert_checkpoint(tmp_path / "in", tmp_path / "strict", 2, strict=True)
+
+
+def test_git_and_outputs_on_their_way_hold_no_weights_beside(tmp_path: Path) -> None:
+    """Below .git, git-annex keeps the weights themselves, under names that end as theirs do."""
+    key = "SHA256E-s400--0123.safetensors"
+    kept = tmp_path / "in" / ".git" / "annex" / "objects" / key
+    unfinished = tmp_path / "in" / ".out.1.0123abcd.distbn-tmp"
+    for folder in (kept, unfinished):
+        folder.mkdir(parents=True)
+    (unfinished / "model.safetensors").touch()
+    save_file(bn_state(), kept / key)
+    (tmp_path / "in" / "model.safetensors").symlink_to(kept / key)
+    assert not convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, strict=True).warnings
+
+
+def test_a_folder_that_goes_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Trainer removes its earlier steps."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "ema.pt").touch()
+    scandir = os.scandir
+
+    def scan(path: str | Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "checkpoint-500":
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert other_weights(tmp_path, []) == ["ema.pt"]
 
 
 def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:

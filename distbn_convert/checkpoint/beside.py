@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .words import and_more
 
 __all__ = ["files_beside", "not_looked_into", "other_weights", "same_content"]
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.pth")
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".pt", ".pth")
 # What accelerate, the Trainer of transformers and Lightning save beside them.
 _NO_WEIGHTS = (
     *("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "dl_state_dict*.bin", "scaler.pt"),
@@ -32,16 +32,16 @@ def not_looked_into(folder: Path, own: Collection[str]) -> list[str]:
 
 
 def other_weights(folder: Path, own: Collection[str]) -> list[str]:
-    """List files of a folder and below that look like weights and are not among ``own``.
+    """List what in a folder and below looks like weights and is not among ``own``.
 
     What the system does not tell is left out.
     """
-
-    def fits(path: Path, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch(path.name, pattern) for pattern in patterns)
-
-    paths = [path for path in folder.rglob("*") if fits(path, _WEIGHTS)]
-    names = {path.relative_to(folder).as_posix() for path in paths if not fits(path, _NO_WEIGHTS)}
+    names = {
+        Path(place, name).relative_to(folder).as_posix()
+        for place, folders, files in _walk(folder)
+        for name in (*folders, *files)
+        if name.endswith(_WEIGHTS) and not any(fnmatch(name, other) for other in _NO_WEIGHTS)
+    }
     return sorted(names.difference(own))
 
 
@@ -62,11 +62,19 @@ def files_beside(path: Path, own: Collection[Path]) -> dict[str, Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, onerror=raise_unreadable):
-        folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
-        for file in (Path(place, name) for name in files if not is_temporary(name)):
+    for place, _, files in _walk(folder, raise_unreadable):
+        for file in (Path(place, name) for name in files):
             if file.is_file():
                 yield file
+
+
+def _walk(
+    folder: Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder without what is no part of a checkpoint: ``.git``, outputs on their way."""
+    for place, folders, files in os.walk(folder, onerror=onerror):
+        folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
+        yield place, folders, [name for name in files if not is_temporary(name)]
 
 
 def same_content(first: Path, second: Path) -> bool:
