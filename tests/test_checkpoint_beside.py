@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from distbn_convert.checkpoint import convert_checkpoint
+from distbn_convert.checkpoint import convert_checkpoint, verify_checkpoint
 from distbn_convert.checkpoint.beside import other_weights
-from distbn_convert.errors import RefusedError
+from distbn_convert.errors import RefusedError, VerificationError
 
 from .checkpoints import bn_state
 
@@ -81,3 +81,20 @@ def test_strict_refuses_what_is_not_looked_into(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="in: ema.pt beside .* Refused because of --strict"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, strict=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_two_folders_have_beside_theirs_are_compared(tmp_path: Path) -> None:
+    state, first, second = bn_state(), tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "checkpoint-500").mkdir(parents=True)
+        save_file(state, folder / "model.safetensors")
+        (folder / "checkpoint-500" / "model.safetensors").write_text("same")
+    assert not verify_checkpoint(first, second, strict=True).warnings
+    (first / "ema.pt").touch()
+    (warning,) = verify_checkpoint(first, second).warnings
+    assert warning == f"ema.pt in {first} had no counterpart in {second}."
+    (second / "checkpoint-500" / "model.safetensors").write_text("else")
+    with pytest.raises(VerificationError, match="checkpoint-500/model.safetensors differs"):
+        verify_checkpoint(first, second, strict=True)
+    with pytest.raises(RefusedError, match="and 1 more beside the weights were not looked into"):
+        verify_checkpoint(first, first / "model.safetensors", strict=True)
