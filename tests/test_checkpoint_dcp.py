@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import warnings
 import zipfile
 from dataclasses import replace
@@ -117,6 +118,15 @@ def test_weights_beside_the_pieces_are_told(folder: Path, tmp_path: Path) -> Non
     (warning,) = convert_checkpoint(folder, tmp_path / "out", 2).warnings
     assert warning == "ema.pt beside the weights was not looked into."
     with pytest.raises(RefusedError, match=r"ema\.pt.* Refused because of --strict"):
+        convert_checkpoint(folder, tmp_path / "strict", 2, strict=True)
+
+
+def test_a_folder_of_pieces_below_is_told_too(folder: Path, tmp_path: Path) -> None:
+    below = folder / "earlier"
+    below.mkdir()
+    for piece in folder.glob("*.distcp"):
+        shutil.copy(piece, below)
+    with pytest.raises(RefusedError, match=r"earlier/__0_0\.distcp beside .* because of --strict"):
         convert_checkpoint(folder, tmp_path / "strict", 2, strict=True)
 
 

@@ -14,7 +14,7 @@ from .words import and_more
 
 __all__ = ["files_beside", "not_looked_into", "other_weights", "same_content"]
 
-_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".pt", ".pth")
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".pt", ".pth", ".distcp")
 # What accelerate, the Trainer of transformers and Lightning save beside them.
 _NO_WEIGHTS = (
     *("optimizer*.bin", "scheduler*.bin", "sampler*.bin", "dl_state_dict*.bin", "scaler.pt"),
