@@ -304,6 +304,8 @@ def test_a_repository_and_leftovers_are_not_copied(tmp_path: Path) -> None:
     tiny(tmp_path / "in", **{".x.1.0123abcd.distbn-tmp": "left over"})
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "HEAD").touch()
+    (tmp_path / "in" / ".y.1.0123abcd.distbn-tmp").mkdir()
+    (tmp_path / "in" / ".y.1.0123abcd.distbn-tmp" / "1.safetensors").touch()
     (tmp_path / "in" / "empty").mkdir()
     convert(tmp_path / "in", tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == [

@@ -36,8 +36,8 @@ def write_folder(
 
     Other files are copied, so that nothing which is later written into one of the two folders
     shows in the other. Only if ``dst`` is ``src`` itself, which then disappears, are they linked.
-    Where the system can, a copy shares the blocks on the disk. A ``.git`` is not copied, except
-    in place.
+    Where the system can, a copy shares the blocks on the disk. A ``.git`` and the folder of an
+    output on its way are not copied, except in place.
 
     Args:
         src: **path** of the folder, not modified; None if there is none to copy.
@@ -116,8 +116,8 @@ class _Plan:
         self.files: list[str] = []
         self.links: set[str] = set()
         for place, folders, files in os.walk(source, onerror=raise_unreadable) if source else ():
-            if not in_place and ".git" in folders:
-                folders.remove(".git")
+            if not in_place:
+                folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
             relative = os.path.relpath(place, source)
             for name in sorted(folders):
                 self._add_folder(os.path.normpath(os.path.join(relative, name)))
