@@ -301,6 +301,33 @@ def test_case_13_running_mean_std_is_skipped_with_a_warning(tmp_path: Path) -> N
         convert_checkpoint(path, tmp_path / "strict", 2, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"exclude": ["obs*"]}, False),
+        ({"exclude": ["model.obs_norm"]}, False),
+        ({"include": ["bn"]}, False),
+        ({"state": "ema"}, False),
+        ({"include": ["*"]}, True),
+        ({"state": "model"}, True),
+        ({"exclude": ["ema.*"]}, True),
+    ],
+    ids=str,
+)
+def test_what_was_left_out_by_name_is_no_concern(
+    options: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    obs = {f"obs_norm.{name}": torch.ones(3) for name in ("running_mean", "running_var", "count")}
+    path = save(tmp_path, {"model": bn_state() | obs, "ema": bn_state()})
+    report = convert_checkpoint(path, tmp_path / "out", 2, **options)
+    assert any("obs_norm left alone" in warning for warning in report.warnings) == told
+    if told:
+        with pytest.raises(RefusedError, match="count"):
+            convert_checkpoint(path, tmp_path / "strict", 2, strict=True, **options)
+    else:
+        convert_checkpoint(path, tmp_path / "strict", 2, strict=True, **options)
+
+
 def test_case_14_a_batch_norm_without_prefix_is_converted(tmp_path: Path) -> None:
     path = save(tmp_path, nn.BatchNorm1d(4).state_dict())
     assert round_trip(path).read_bytes() == resaved(path)

@@ -57,30 +57,16 @@ Specs = Mapping[Any, TensorSpec | None]
 
 
 @dataclass(frozen=True)
-class Group:
-    """The statistics of one BatchNorm.
+class Named:
+    """Where running statistics are.
 
     Attributes:
         path: keys that lead from the top of the file to the mapping, ``("model",)``.
         prefix: what stands before ``running_mean``, ``"layer1.0.bn1."``.
-        channels: C.
-        dtype: of the running statistics.
-        ranks: V of virtual statistics ``(V, C)``; None for plain ones ``(C,)``.
-        counted: whether there is a ``num_batches_tracked``.
-        underscore: whether it is an MMCV copy, whose names are joined by underscores.
-        problem: what is wrong with it, for a group that must not be touched.
-        refusal: why its tensors cannot be handled.
     """
 
     path: KeyPath
     prefix: str
-    channels: int
-    dtype: str
-    ranks: int | None
-    counted: bool
-    underscore: bool = False
-    problem: str | None = None
-    refusal: str | None = None
 
     @property
     def name(self) -> str:
@@ -103,6 +89,29 @@ class Group:
         named = bool(self.path) and f"{glob}.".startswith(key_name(self.path[0]) + ".")
         return named and fnmatchcase(self.full_name, glob)
 
+
+@dataclass(frozen=True)
+class Group(Named):
+    """The statistics of one BatchNorm.
+
+    Attributes:
+        channels: C.
+        dtype: of the running statistics.
+        ranks: V of virtual statistics ``(V, C)``; None for plain ones ``(C,)``.
+        counted: whether there is a ``num_batches_tracked``.
+        underscore: whether it is an MMCV copy, whose names are joined by underscores.
+        problem: what is wrong with it, for a group that must not be touched.
+        refusal: why its tensors cannot be handled.
+    """
+
+    channels: int
+    dtype: str
+    ranks: int | None
+    counted: bool
+    underscore: bool = False
+    problem: str | None = None
+    refusal: str | None = None
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of running_mean, running_var and, if there is one, num_batches_tracked."""
@@ -110,11 +119,9 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LookAlike:
+class LookAlike(Named):
     """Keys that resemble a BatchNorm and are left alone."""
 
-    path: KeyPath
-    prefix: str
     reason: str
 
 
@@ -134,8 +141,8 @@ class Selection:
     state: str | None = None
     ema_underscore: bool = False
 
-    def why_not(self, group: Group) -> str | None:
-        """Return why a group is left out, None if it is wanted."""
+    def why_not(self, group: Named) -> str | None:
+        """Return why a group, or what resembles one, is left out; None if it is wanted."""
         path = dotted(group.path)
         if self.state is not None and path != self.state and not path.startswith(self.state + "."):
             return f"outside --state {self.state}"
@@ -143,12 +150,12 @@ class Selection:
             return "not matched by --include"
         if any(group.is_called(glob) for glob in self.exclude):
             return "matched by --exclude"
-        if group.underscore and not self.ema_underscore:
+        if isinstance(group, Group) and group.underscore and not self.ema_underscore:
             return "an MMCV EMA copy; --ema-underscore takes it"
         return None
 
-    def unmatched(self, groups: Iterable[Group]) -> list[str]:
-        """Return one warning for each pattern that matches none of the groups."""
+    def unmatched(self, groups: Iterable[Named]) -> list[str]:
+        """Return one warning for each pattern that matches none of these."""
         groups = list(groups)
         options = [("include", glob) for glob in self.include]
         options += [("exclude", glob) for glob in self.exclude]
@@ -310,5 +317,5 @@ def describe(look_alikes: Sequence[LookAlike]) -> list[str]:
     """Return one warning for each reason, with the number of groups and the first names."""
     names: dict[str, list[str]] = defaultdict(list)
     for item in look_alikes:
-        names[item.reason].append(dotted((*item.path, item.prefix[:-1])) or "(top level)")
+        names[item.reason].append(item.full_name)
     return [f"{and_more(where)} left alone: {reason}." for reason, where in names.items()]

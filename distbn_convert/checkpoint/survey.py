@@ -81,7 +81,8 @@ def survey(store: Store, path: Path, selection: Selection, state: str | None) ->
     found = [item for where, specs in store.mappings() for item in find_groups(specs, where)]
     groups = [item for item in found if isinstance(item, Group)]
     result = Survey()
-    result.concerns += describe([item for item in found if isinstance(item, LookAlike)])
+    wanted = [item for item in found if selection.why_not(item) is None]
+    result.concerns += describe([item for item in wanted if isinstance(item, LookAlike)])
     for group in groups:
         reason = selection.why_not(group)
         if reason is None:
@@ -93,7 +94,7 @@ def survey(store: Store, path: Path, selection: Selection, state: str | None) ->
             result.skipped.append((group, reason))
     if not result.chosen and state is not None:
         raise _nothing(store, path, result.skipped, result.concerns)
-    result.concerns += selection.unmatched(groups) if groups else []
+    result.concerns += selection.unmatched(found) if groups else []
     result.concerns += store.concerns
     _tell_skipped(result)
     return result
