@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from .scripts import run_scripts
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
@@ -89,37 +91,25 @@ def test_every_script_has_a_help_and_does_nothing_else_then(tmp_path: Path) -> N
     scripts = [*(ROOT / "scripts").glob("*.py")]
     scripts = [path for path in scripts if "__main__" in path.read_text("utf-8")]
     assert len(scripts) >= 10
-    code = (
-        "import runpy, sys\n"
-        "for script in sys.argv[1:]:\n"
-        "    sys.argv = [script, '--help']\n"
-        "    try: runpy.run_path(script, run_name='__main__')\n"
-        "    except SystemExit as end: assert not end.code, script\n"
-        "    else: raise AssertionError(script)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, scripts)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.lower().count("usage: ") == len(scripts)
+    ends = run_scripts([[path.name, "--help"] for path in scripts], tmp_path)
+    assert [end.code for end in ends] == [0] * len(scripts)
+    assert all(end.out.lower().count("usage: ") == 1 for end in ends)
     for name in ("gpu_check", "test_torch"):  # others pass their arguments on
         told = subprocess.check_output([ROOT / "scripts" / name, "--help"], text=True, timeout=20)
         assert told.startswith("Test")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--batch", "60"], ["--ranks", "0"], ["--ranks", "65"]])
-def test_the_benchmark_does_not_time_nothing_and_call_it_done(arguments: list[str]) -> None:
-    command = [sys.executable, "scripts/bench.py", *arguments, "--no-tests"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("Error: ")
-    assert arguments[0] in run.stderr.splitlines()[-1]
+def test_the_benchmark_does_not_time_nothing_and_call_it_done() -> None:
+    settings = [["--batch", "60"], ["--ranks", "0"], ["--ranks", "65"]]
+    for end, setting in zip(
+        run_scripts([["bench.py", "--no-tests", *setting] for setting in settings]),
+        settings,
+        strict=True,
+    ):
+        assert end.code == 2
+        assert end.err.splitlines()[-1].startswith("Error: ")
+        assert setting[0] in end.err.splitlines()[-1]
 
 
 def test_the_benchmark_of_checkpoints_ends_where_a_variant_fails(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from distbn_convert import DistBatchNorm2d, models
 
+from .scripts import run_scripts
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = "scripts/train.py"
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
@@ -87,11 +89,12 @@ def test_batches_that_the_data_cannot_fill_are_refused() -> None:
 
 
 def test_counts_below_one_are_usage_errors() -> None:
-    command = [sys.executable, SCRIPT, "--model-ema", "--model-ema-steps", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'--model-ema-steps': 0 is not in the range x>=1" in done.stderr
+    options = "--model-ema-steps", "--epochs", "--batch-size", "--vt-world-size"
+    for end, option in zip(
+        run_scripts([["train.py", option, "0"] for option in options]), options, strict=True
+    ):
+        assert end.code == 2
+        assert f"{option}': 0 is not in the range x>=1" in end.err
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(image_folder: Path, tmp_path: Path) -> None:
