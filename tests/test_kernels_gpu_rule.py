@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -110,6 +111,21 @@ def test_what_little_l2_would_not_keep_is_held_or_cut(
     multiprocessors, mebibytes = device
     resources = {"multiprocessors": multiprocessors, "l2_bytes": mebibytes * 2**20}
     assert choose(*layer, **changes, **resources).kind == kind
+
+
+def test_what_the_readme_counts_of_a_gpu_with_little_l2_is_moved() -> None:
+    """Of the contiguous bf16 backward; a second read comes from memory where L2 is little."""
+    multiprocessors, mebibytes = RTX_3090
+    moved = {mebibytes * 2**20: 0, 2**30: 0}
+    for (channels, positions), count in zip(LAYERS, RESNET50.values(), strict=True):
+        for l2_bytes in moved:
+            vector = math.gcd(positions, 8)
+            resources = {"multiprocessors": multiprocessors, "l2_bytes": l2_bytes}
+            kind = choose(channels, positions, backward=True, vector=vector, **resources).kind
+            tensors = 3 if kind in ("planes", "resident", "cooperative") else 5
+            moved[l2_bytes] += tensors * count * channels * positions
+    least = 3 * sum(c * s * n for (c, s), n in zip(LAYERS, RESNET50.values(), strict=True))
+    assert [round(sum / least, 2) for sum in moved.values()] == [1.05, 1.51]
 
 
 @pytest.mark.parametrize("enabled", [*({kind} for kind in sorted(rule.WAITING)), set()], ids=str)

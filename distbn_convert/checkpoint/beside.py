@@ -12,7 +12,7 @@ from .readback import same_bytes_of
 from .temporaries import is_temporary
 from .words import and_more
 
-__all__ = ["files_beside", "not_looked_into", "other_weights", "same_content"]
+__all__ = ["files_beside", "is_part", "not_looked_into", "other_weights", "same_content"]
 
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".pt", ".pth", ".distcp")
 # What accelerate, the Trainer of transformers and Lightning save beside them.
@@ -71,10 +71,15 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _walk(
     folder: Path, onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a folder without what is no part of a checkpoint: ``.git``, outputs on their way."""
+    """Walk a folder without what is no part of a checkpoint."""
     for place, folders, files in os.walk(folder, onerror=onerror):
-        folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
+        folders[:] = filter(is_part, folders)
         yield place, folders, [name for name in files if not is_temporary(name)]
+
+
+def is_part(folder: str) -> bool:
+    """Whether a folder of this name is part of a checkpoint: no ``.git``, no output on its way."""
+    return folder != ".git" and not is_temporary(folder)
 
 
 def same_content(first: Path, second: Path) -> bool:

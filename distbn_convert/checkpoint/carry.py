@@ -12,6 +12,7 @@ from typing import IO
 
 from ..errors import RefusedError
 from .atomic import atomic_output
+from .beside import is_part
 from .folders import atomic_folder, check_nothing_lost
 from .places import StrPath, access_error, raise_unreadable, same_file, take_over, told
 from .stores import WriteOptions
@@ -117,7 +118,7 @@ class _Plan:
         self.links: set[str] = set()
         for place, folders, files in os.walk(source, onerror=raise_unreadable) if source else ():
             if not in_place:
-                folders[:] = [name for name in folders if name != ".git" and not is_temporary(name)]
+                folders[:] = filter(is_part, folders)
             relative = os.path.relpath(place, source)
             for name in sorted(folders):
                 self._add_folder(os.path.normpath(os.path.join(relative, name)))

@@ -166,7 +166,7 @@ def select_kernel(
             or _split(widths[0], widths[1], values, itemsize, channels, vt_world_size)
         )
     held = _held_values(backward, residual, itemsize, vector)
-    # As the limits are for, where a multiprocessor has less of L2.
+    # Where a multiprocessor has less of L2 than an H100's, a share counts for more bytes of it.
     crowding = max(multiprocessors / MULTIPROCESSORS * L2_BYTES / l2_bytes, 1.0)
     share = values * itemsize * tensors * crowding
     return (
@@ -368,7 +368,8 @@ def _ticketed(
 ) -> Choice | None:
     """Choose slabs of which enough stay in L2, or none.
 
-    A slab is gathered ``2 * depth - 1`` phases before it is applied.
+    A slab is gathered ``2 * depth - 1`` phases before it is applied. ``kept`` is what L2 keeps
+    until then, over what an H100's does.
     """
     if "ticketed" not in ENABLED:
         return None
